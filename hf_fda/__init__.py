@@ -1,0 +1,62 @@
+"""Merge fine-tuned models in function space.
+
+The names below are imported when they are first used, so that `import hf_fda` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_fda.version import __version__
+
+if TYPE_CHECKING:
+    from hf_fda.anchors import FunctionalDualAnchors
+    from hf_fda.errors import HFFDAError, InputError, RunError
+    from hf_fda.merged import Merged, load, push
+    from hf_fda.merging import merge
+    from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
+    from hf_fda.planning import Plan, plan
+
+_PLACES = {
+    "FDAConfig": "hf_fda.merge_methods",
+    "FunctionalDualAnchors": "hf_fda.anchors",
+    "HFFDAError": "hf_fda.errors",
+    "InputError": "hf_fda.errors",
+    "Merged": "hf_fda.merged",
+    "MethodConfig": "hf_fda.merge_methods",
+    "Plan": "hf_fda.planning",
+    "RunError": "hf_fda.errors",
+    "load": "hf_fda.merged",
+    "merge": "hf_fda.merging",
+    "methods": "hf_fda.merge_methods",
+    "plan": "hf_fda.planning",
+    "push": "hf_fda.merged",
+}
+
+__all__ = [
+    "FDAConfig",
+    "FunctionalDualAnchors",
+    "HFFDAError",
+    "InputError",
+    "Merged",
+    "MethodConfig",
+    "Plan",
+    "RunError",
+    "__version__",
+    "load",
+    "merge",
+    "methods",
+    "plan",
+    "push",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'hf_fda' has no attribute '{name}'")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,18 @@
+"""Functional dual anchors: the container, their construction, and adaptation to them."""
+
+from hf_fda.anchors.adaptation import Adapted, CoefficientAdam, adapt_unit
+from hf_fda.anchors.builder import AnchorBuilder, unit_generator
+from hf_fda.anchors.construction import UnitAnchors, construct_unit
+from hf_fda.anchors.container import AnchorsInfo, FunctionalDualAnchors
+
+__all__ = [
+    "Adapted",
+    "AnchorBuilder",
+    "AnchorsInfo",
+    "CoefficientAdam",
+    "FunctionalDualAnchors",
+    "UnitAnchors",
+    "adapt_unit",
+    "construct_unit",
+    "unit_generator",
+]

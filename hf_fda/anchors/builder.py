@@ -1,0 +1,111 @@
+"""Building the anchors of one unit for one source from their checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from hf_fda.anchors.construction import UnitAnchors, construct_unit
+from hf_fda.anchors.initialization import initial_anchors
+from hf_fda.blocks import Capture, Unit, capture_calls, make_unit
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.layout import ModelLayout, Role
+from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.errors import RunError
+from hf_fda.merge_methods.fda import FDAConfig
+
+
+class AnchorBuilder:
+    """Makes anchors unit by unit; the base's calls are captured once, when first needed.
+
+    Args:
+        base: the base checkpoint.
+        units: the units that anchors may be asked for.
+        config: options, with those of the model's family filled in.
+        device: where to work.
+        seed: of the anchors' start; each unit draws from its own stream, so units do not depend on each other.
+    """
+
+    def __init__(
+        self, base: Checkpoint, units: Iterable[Unit], config: FDAConfig, device: torch.device, seed: int
+    ) -> None:
+        self.base, self.units, self.config = base, tuple(units), config
+        self.device, self.seed = device, seed
+
+    @cached_property
+    def capture(self) -> Capture:
+        """How the units are called."""
+        return capture_calls(self.base, self.units, self.config.num_tokens, self.device)
+
+    def load(self, read: Callable[[str], Tensor], unit: Unit) -> nn.Module:
+        """A unit on the device in float32, its tensors read by `read` from the base's names."""
+        tensors = {name: read(name).to(self.device, torch.float32) for name in unit.tensors}
+        return make_unit(self.base.layout, unit, tensors, self.device)
+
+    def build(
+        self, source: AlignedSource, unit: Unit, report: Callable[[int, float], None] = lambda step, loss: None
+    ) -> UnitAnchors:
+        """Construct the anchors of one unit for one source.
+
+        Raises:
+            RunError: naming unit and source, when the loss becomes infinite or not a number.
+        """
+        config, call = self.config, self.capture.calls[unit.name]
+        n, tokens, size = config.num_anchors, call.tokens, call.size
+        assert n is not None and tokens is not None and size is not None and config.steps is not None
+        base, tuned = self.load(self.base.read, unit), self.load(source.read, unit)
+        generator = unit_generator(self.seed, "anchors", unit.name)
+        weights = linear_weights(self.base.layout, unit, tuned)
+        start = initial_anchors(config.initialization, weights, n, tokens, size, generator)
+        offset = self._positions(source, tokens, size) if config.position_embeddings else None
+        try:
+            return construct_unit(
+                base,
+                tuned,
+                call,
+                start.to(self.device),
+                offset,
+                steps=config.steps,
+                learning_rate=config.learning_rate,
+                kind=config.distance,
+                patience=config.patience,
+                report=report,
+            )
+        except RunError as error:
+            raise RunError(f"block '{unit.name}', source '{source.name}': {error}") from None
+
+    def _positions(self, source: AlignedSource, tokens: int, size: int) -> Tensor | None:
+        """The source's position embeddings of the first tokens, (T, d), where the model has such a table."""
+        for name, ids in self.capture.positions.items():
+            table = source.read(name)
+            if ids.shape[-1] == tokens and table.shape[1] == size:
+                return table[ids.view(-1)[:tokens]].to(self.device, torch.float32)
+        return None
+
+
+def linear_weights(layout: ModelLayout, unit: Unit, module: nn.Module) -> list[Tensor]:
+    """The linear weights of a unit's module, each (d_out, d_in), whatever way they are stored."""
+    roles: Mapping[str, Role] = layout.roles
+    parameters = dict(module.named_parameters())
+    matrices = []
+    for name in unit.tensors:
+        weight = parameters.get(name.removeprefix(unit.name + "."))
+        if weight is None:
+            continue
+        if roles[name] == "linear":
+            matrices.append(weight)
+        elif roles[name] == "conv1d":
+            matrices.append(weight.T)
+        elif roles[name] == "stack":
+            matrices.extend(weight)
+    return matrices
+
+
+def unit_generator(seed: int, purpose: str, unit: str) -> torch.Generator:
+    """A random stream of its own for each purpose and unit, the same on any number of processes."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{unit}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,131 @@
+"""Model cards and dataset cards, rendered from templates and from recorded facts only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+
+from hf_fda.version import versions
+
+if TYPE_CHECKING:
+    from hf_fda.anchors.container import AnchorsInfo
+
+HUB_ID_PARTS = 2
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    installed = Path(__file__).parent / "model_cards"
+    folder = installed if installed.is_dir() else Path(__file__).parent.parent / "model_cards"
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+
+
+def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], title: str = "merged") -> str:
+    """The card of a merged model.
+
+    Args:
+        arguments: the merge as `merge_config.yaml` records it.
+        facts: model class, heads, licences, notes: what the plan knows.
+        title: heading.
+    """
+    licence, licence_line = output_licence(facts["licences"])
+    ids = [arguments["base"], *arguments["sources"].values()]
+    metadata: dict[str, Any] = {
+        "base_model": list(dict.fromkeys(hub_name(id) for id in ids if hub_name(id))),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "hf_fda", arguments["method"]],
+    }
+    if not metadata["base_model"]:
+        del metadata["base_model"], metadata["base_model_relation"]
+    if licence:
+        metadata["license"] = licence
+    settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
+    return _render(
+        "merged_model.md.jinja",
+        metadata=metadata,
+        title=title,
+        where="PATH_OR_HUB_ID",
+        method=arguments["method"],
+        base=arguments["base"],
+        sources=arguments["sources"],
+        settings={name: _words(value) for name, value in settings.items()},
+        facts=facts,
+        licence_line=licence_line,
+    )
+
+
+def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], title: str = "Functional dual anchors") -> str:
+    """The card of an anchors dataset.
+
+    Args:
+        info: what `anchors.json` records.
+        rows: the index, a row a block.
+        title: heading.
+    """
+    metadata: dict[str, Any] = {
+        "tags": ["hf_fda", "functional-dual-anchors", "model-merging"],
+        "configs": [{"config_name": "default", "data_files": "index/anchors.parquet"}],
+    }
+    return _render(
+        "anchors_dataset.md.jinja",
+        metadata=metadata,
+        title=title,
+        base=info.base,
+        source=info.source,
+        seed=info.seed,
+        settings={name: _words(value) for name, value in info.config.items()},
+        rows=rows,
+    )
+
+
+def output_licence(licences: Mapping[str, str]) -> tuple[str | None, str]:
+    """The licence of a merge of models, where their own cards state one and the same; never guessed.
+
+    >>> output_licence({"base": "mit", "sst2": "mit"})[0]
+    'mit'
+    """
+    known = set(licences.values())
+    if known == {"unknown"}:
+        return None, "Licence: unknown; none of the models' cards states one."
+    if "unknown" in known:
+        silent = ", ".join(name for name, value in licences.items() if value == "unknown")
+        return None, f"Licence: unknown; the cards of {silent} state none. The others: {_listed(known - {'unknown'})}."
+    if len(known) > 1:
+        return None, f"Licence: the models' licences differ ({_listed(known)}); all of them apply to what is merged."
+    (only,) = known
+    return only, f"Licence: {only}, as stated by every model's own card."
+
+
+def hub_name(id: str) -> str | None:
+    """The Hub name in an id such as "org/name@commit"; None for a folder."""
+    name, at, _ = id.partition("@")
+    return name if at and name.count("/") == HUB_ID_PARTS - 1 else None
+
+
+def _render(template: str, metadata: Mapping[str, Any], **values: Any) -> str:
+    text = _environment().get_template(template)
+    made_with = versions()
+    line = f"Made with hf_fda {made_with['hf_fda']}, torch {made_with['torch']}, transformers {made_with['transformers']}."
+    dumped = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True).strip()
+    return text.render(metadata=dumped, versions_line=line, **values)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        inner = ", ".join(f"{name} {_words(item)}" for name, item in value.items() if item is not None)
+        return inner.removeprefix("method ")
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))

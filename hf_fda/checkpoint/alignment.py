@@ -1,0 +1,116 @@
+"""Which tensor of a source belongs to which tensor of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint
+from hf_fda.errors import InputError, few
+
+
+@dataclass
+class AlignedSource:
+    """A source whose tensors are asked for by the base's names.
+
+    `name` is the task's name, `tensor_of` maps a base tensor's name to the source's own, `extra` are the source's
+    tensors that the base does not have (a head), `absent` the base's that the source does not have.
+    """
+
+    name: str
+    checkpoint: FileCheckpoint | ModelCheckpoint
+    tensor_of: dict[str, str]
+    extra: tuple[str, ...]
+    absent: tuple[str, ...]
+
+    def read(self, base_name: str) -> Tensor:
+        """The source's tensor for one of the base's, as stored, on the CPU."""
+        return self.checkpoint.read(self.tensor_of[base_name])
+
+    def dtype(self, base_name: str) -> torch.dtype:
+        """The stored type of the source's tensor for one of the base's."""
+        return self.checkpoint.dtype(self.tensor_of[base_name])
+
+
+def align(
+    base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | ModelCheckpoint, name: str
+) -> AlignedSource:
+    """Match a source's tensors to the base's by name.
+
+    A bare encoder's tensors have no prefix, a classifier's have one ("bert."); any prefix under which either model
+    holds a bare model is tried, and the pair that matches most names wins.
+
+    Args:
+        base: the base.
+        source: the source.
+        name: the source's task name, for messages.
+
+    Raises:
+        InputError: when hardly anything matches, or a shape differs (vocabularies get a message of their own).
+    """
+    best: dict[str, str] = {}
+    for base_prefix in base.layout.body_prefixes:
+        for source_prefix in source.layout.body_prefixes:
+            names = _matches(base.names, source.names, base_prefix, source_prefix)
+            if len(names) > len(best):
+                best = names
+    if len(best) < len(base.names) // 2 and len(best) < len(source.names) // 2:
+        raise InputError(
+            f"source '{name}' ({source.id}, {source.layout.model_class.__name__}) is another architecture than the "
+            f"base ({base.id}, {base.layout.model_class.__name__}): they share {len(best)} of "
+            f"{len(base.names)} tensor names"
+        )
+    taken = set(best.values())
+    aligned = AlignedSource(
+        name,
+        source,
+        best,
+        extra=tuple(other for other in source.names if other not in taken),
+        absent=tuple(own for own in base.names if own not in best),
+    )
+    return aligned
+
+
+def _matches(base: Iterable[str], source: Iterable[str], base_prefix: str, source_prefix: str) -> dict[str, str]:
+    known = set(source)
+    found = {}
+    for name in base:
+        if name.startswith(base_prefix) and source_prefix + name.removeprefix(base_prefix) in known:
+            found[name] = source_prefix + name.removeprefix(base_prefix)
+        elif name in known:
+            found[name] = name  # a head outside the bare model has the same name in both
+    return found
+
+
+def check_shapes(base: FileCheckpoint | ModelCheckpoint, source: AlignedSource, names: Iterable[str]) -> None:
+    """Refuse a source whose tensors have other shapes than the base's.
+
+    Args:
+        base: the base.
+        source: the source.
+        names: the base's names to compare.
+
+    Raises:
+        InputError: naming the first tensor and both shapes.
+    """
+    differing = [name for name in names if base.shape(name) != source.checkpoint.shape(source.tensor_of[name])]
+    if not differing:
+        return
+    first = differing[0]
+    mine, theirs = base.shape(first), source.checkpoint.shape(source.tensor_of[first])
+    vocabularies = [
+        config.get_text_config().to_dict().get("vocab_size") for config in (base.config, source.checkpoint.config)
+    ]
+    if vocabularies[0] != vocabularies[1]:
+        raise InputError(
+            f"source '{source.name}' ({source.checkpoint.id}) has a vocabulary of {vocabularies[1]} tokens, the base "
+            f"{vocabularies[0]} (tensor '{first}': {theirs} against {mine}); resize it to the base's vocabulary "
+            "(model.resize_token_embeddings) after checking that the tokens are the same"
+        )
+    raise InputError(
+        f"source '{source.name}' ({source.checkpoint.id}): tensor '{source.tensor_of[first]}' is {theirs}, the base's "
+        f"is {mine} ({len(differing)} differ: {few(differing)}); a source must be fine-tuned from this very base"
+    )

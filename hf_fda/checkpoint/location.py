@@ -1,0 +1,159 @@
+"""Where a checkpoint's files are: a folder, or a repository on the Hub whose files are fetched when needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_fda.checkpoint.header import DTYPES, TensorEntry, read_header
+from hf_fda.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass
+class Location:
+    """Files of one checkpoint. `folder` is set for a folder, `repo_id` and `commit` for a Hub repository."""
+
+    id: str
+    folder: Path | None = None
+    repo_id: str | None = None
+    commit: str | None = None
+    names: tuple[str, ...] = field(default=())
+
+    def path(self, name: str) -> Path:
+        """The local path of one file; a Hub file is downloaded into the cache first."""
+        if self.folder is not None:
+            return self.folder / name
+        assert self.repo_id is not None
+        return Path(hf_hub_download(self.repo_id, name, revision=self.commit))
+
+    def json(self, name: str) -> Any:
+        """A JSON file's content.
+
+        Raises:
+            InputError: when it is not valid JSON.
+        """
+        try:
+            return json.loads(self.path(name).read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError):
+            raise InputError(f"{self.id}: {name} is not valid JSON; fetch or save it again") from None
+
+    def header(self, name: str) -> dict[str, TensorEntry]:
+        """A safetensors file's tensors. Of a Hub file that is not in the cache only the header is fetched."""
+        if self.folder is not None:
+            return read_header(self.folder / name)
+        assert self.repo_id is not None
+        try:
+            return read_header(Path(hf_hub_download(self.repo_id, name, revision=self.commit, local_files_only=True)))
+        except LocalEntryNotFoundError:
+            pass
+        metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+        return {
+            tensor: TensorEntry(DTYPES[info.dtype], tuple(info.shape), info.data_offsets[0])
+            for tensor, info in metadata.tensors.items()
+        }
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the weights do: the commit, or the weight files' names, sizes and times."""
+        facts: list[Any] = [self.commit]
+        if self.folder is not None:
+            for name in self.weight_files():
+                stat = os.stat(self.folder / name)
+                facts.append((name, stat.st_size, stat.st_mtime_ns))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def weight_files(self) -> tuple[str, ...]:
+        """The safetensors files of the checkpoint, from its index where it has one.
+
+        Raises:
+            InputError: when there are none, or the index names a file outside the folder or one that is missing.
+        """
+        if INDEX in self.names:
+            listed = sorted(set(self.json(INDEX).get("weight_map", {}).values()))
+            for name in listed:
+                if os.path.basename(name) != name or name in ("", ".", ".."):
+                    raise InputError(f"{self.id}: {INDEX} names '{name}', which lies outside the checkpoint; refused")
+                if name not in self.names:
+                    raise InputError(f"{self.id}: {INDEX} names '{name}', which is missing; fetch it again")
+            return tuple(listed)
+        if SINGLE in self.names:
+            return (SINGLE,)
+        raise InputError(f"{self.id}: {self._no_weights()}")
+
+    def _no_weights(self) -> str:
+        if "adapter_config.json" in self.names:
+            return (
+                "this is a PEFT adapter; merge it into its base first "
+                "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder))"
+            )
+        if any(re.fullmatch(r".*\.(bin|pt|pth|ckpt)", name) for name in self.names):
+            return (
+                "it holds pickled weights only, which are never opened; convert it once: "
+                f"AutoModel.from_pretrained('{self.id}').save_pretrained('converted/')"
+            )
+        return f"no {SINGLE} and no {INDEX} in it"
+
+
+def locate(id: str | os.PathLike[str], revision: str | None = None) -> Location:
+    """Find a checkpoint.
+
+    Args:
+        id: a folder, or a Hub id: "org/name" or "org/name@revision".
+        revision: a branch, tag or commit; wins over one inside `id`.
+
+    Raises:
+        InputError: when there is no such folder or repository, or the Hub cannot be reached and it is not cached.
+    """
+    text = os.fspath(id)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+        return Location(text, folder=folder, names=tuple(names))
+    if folder.exists():
+        raise InputError(f"{text}: is a file; pass the folder it lies in")
+    repo_id, _, inside = text.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or text.startswith((".", "/", "~")):
+        raise InputError(f"{text}: no such folder, and not a Hub id ('org/name' or 'org/name@revision') either")
+    return _on_hub(text, repo_id, revision or inside or None)
+
+
+def _on_hub(text: str, repo_id: str, revision: str | None) -> Location:
+    try:
+        info = HfApi().model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        raise InputError(f"{text}: the Hub has no revision '{revision}' of it") from None
+    except GatedRepoError:
+        raise InputError(f"{text}: the repository is gated; accept its terms on the Hub and run 'hf auth login'") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{text}: no such folder, and no such repository on the Hub (private? 'hf auth login')") from None
+    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        return _in_cache(text, repo_id, revision, error)
+    names = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
+    return Location(text, repo_id=repo_id, commit=info.sha, names=names)
+
+
+def _in_cache(text: str, repo_id: str, revision: str | None, error: Exception) -> Location:
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{text}: no such folder, not in the cache, and the Hub cannot be asked ({reason})") from None
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return Location(text, folder=folder, repo_id=repo_id, commit=folder.name, names=tuple(names))

@@ -1,0 +1,230 @@
+"""A checkpoint opened lazily: configuration and names at once, tensors one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from hf_fda.checkpoint.header import TensorEntry, read_tensor
+from hf_fda.checkpoint.layout import ModelLayout, TensorGroup, model_class_of
+from hf_fda.checkpoint.location import Location, locate
+from hf_fda.errors import InputError, few
+
+
+class Checkpoint(Protocol):
+    """What a merge needs of a base or a source."""
+
+    id: str
+    commit: str | None
+    layout: ModelLayout
+    names: tuple[str, ...]
+    """In-memory names of the tensors that it really holds, in the model's order."""
+    location: Location | None
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type of a tensor."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in memory layout."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, in its stored type and memory layout; the caller may change it."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the weights do."""
+        ...
+
+
+class FileCheckpoint:
+    """A checkpoint in safetensors files, in a folder or on the Hub.
+
+    Args:
+        location: where it is.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        InputError: when it has no config or no safetensors, is quantised, truncated, or lacks or contradicts what
+            its own config promises.
+    """
+
+    def __init__(self, location: Location, trust_remote_code: bool = False) -> None:
+        self.location: Location | None = location
+        self._files = location
+        self.id = location.id
+        self.commit = location.commit
+        files = location.weight_files()
+        self.layout = ModelLayout(*_configuration(location, trust_remote_code))
+        self._entries: dict[str, tuple[str, TensorEntry]] = {
+            name: (file, entry) for file in files for name, entry in location.header(file).items()
+        }
+        groups, self.unexpected = self.layout.groups(self._entries)
+        self.groups: tuple[TensorGroup, ...] = tuple(groups)
+        self._group_of = {name: group for group in groups for name in group.memory}
+        self.names = tuple(name for name in self.layout.names if name in self._group_of)
+        self._check_shapes()
+        self._converted: dict[str, Tensor] = {}
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return self.layout.config
+
+    @cached_property
+    def missing(self) -> tuple[str, ...]:
+        """Names that the model has but the checkpoint does not hold."""
+        return tuple(name for name in self.layout.names if name not in self._group_of)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type of a tensor."""
+        return self._entries[self._group_of[name].disk[0]][1].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in memory layout."""
+        return self.layout.shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, in its stored type and memory layout; the caller may change it."""
+        group = self._group_of[name]
+        if group.converter is None:
+            return self._read_disk(group.disk[0])
+        if name not in self._converted:
+            tensors = {disk: self._read_disk(disk) for disk in group.disk}
+            self._converted = group.to_memory(tensors, self.layout.model)
+        return self._converted.pop(name).contiguous()  # its siblings are usually asked for next
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the weights do."""
+        return self._files.fingerprint()
+
+    def _read_disk(self, name: str) -> Tensor:
+        file, entry = self._entries[name]
+        return read_tensor(self._files.path(file), entry)
+
+    def _check_shapes(self) -> None:
+        for group in self.groups:
+            meta = {
+                name: torch.empty(self._entries[name][1].shape, dtype=self._entries[name][1].dtype, device="meta")
+                for name in group.disk
+            }
+            for name, tensor in group.to_memory(meta, self.layout.model).items():
+                if tuple(tensor.shape) != self.layout.shapes.get(name, tuple(tensor.shape)):
+                    raise InputError(
+                        f"{self.id}: tensor '{name}' is {tuple(tensor.shape)} in the file but its config.json says "
+                        f"{self.layout.shapes[name]}; config and weights do not belong together"
+                    )
+
+
+class ModelCheckpoint:
+    """A model in memory seen as a checkpoint.
+
+    Args:
+        model: any transformers model with real weights.
+        id: what to call it in messages and cards.
+    """
+
+    def __init__(self, model: PreTrainedModel, id: str) -> None:
+        self.location: Location | None = None
+        self.id = id
+        self.commit: str | None = None
+        self._state = dict(model.state_dict())
+        meta = [name for name, tensor in self._state.items() if tensor.is_meta]
+        if meta:
+            raise InputError(f"{id}: the model in memory has no real weights for {few(meta)} (offloaded or meta)")
+        config = model.config
+        if config.architectures is None:
+            config.architectures = [type(model).__name__]
+        self.layout = ModelLayout(config, type(model))
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            self.layout.model._weight_conversions = conversions
+        self.names = tuple(name for name in self.layout.names if name in self._state)
+        self.unexpected: list[str] = []
+        self.missing: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return self.layout.config
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor."""
+        return self._state[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._state[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, copied to the CPU."""
+        return self._state[name].detach().to("cpu", copy=True).contiguous()
+
+    def fingerprint(self) -> str:
+        """A hash of the weights themselves."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(name.encode())
+            digest.update(self.read(name).reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    label: str = "model",
+) -> FileCheckpoint | ModelCheckpoint:
+    """Open a checkpoint: a folder, a Hub id ("org/name", "org/name@revision") or a model in memory.
+
+    Args:
+        source: where it is.
+        revision: Hub revision; wins over one inside `source`.
+        trust_remote_code: run model code that comes with the checkpoint.
+        label: what to call it in errors ("base", "source 'sst2'").
+
+    Raises:
+        InputError: naming `label`, when it cannot be used.
+    """
+    try:
+        if isinstance(source, PreTrainedModel):
+            return ModelCheckpoint(source, source.config._name_or_path or type(source).__name__)
+        if not isinstance(source, (str, os.PathLike)):
+            raise InputError(f"must be a folder, a Hub id or a transformers model, not {type(source).__name__}")
+        return FileCheckpoint(locate(source, revision), trust_remote_code)
+    except InputError as error:
+        raise InputError(f"{label}: {error}") from None
+
+
+def _configuration(location: Location, trust_remote_code: bool) -> tuple[PretrainedConfig, Any]:
+    if "config.json" not in location.names:
+        raise InputError(f"{location.id}: no config.json in it, so it is no transformers checkpoint")
+    location.json("config.json")
+    where = str(location.folder) if location.folder is not None else str(location.repo_id)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=location.commit, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the library raises many kinds here, all of which mean the same to a user
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{location.id}: its config.json cannot be used ({reason})") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{location.id}: it is quantised; merge the checkpoint it was quantised from")
+    return config, model_class_of(config, where, trust_remote_code)
+
+
+def read_all(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    """Several tensors of a checkpoint by name."""
+    return {name: checkpoint.read(name) for name in names}

@@ -1,0 +1,313 @@
+"""Runs a plan: block by block and tensor by tensor, each result a finished file before the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_fda.anchors import AnchorBuilder, AnchorsInfo, FunctionalDualAnchors, adapt_unit, unit_generator
+from hf_fda.anchors.container import MANIFEST, provenance, read_unit, unit_file, write_frame, write_unit
+from hf_fda.blocks import Unit
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.header import read_header, read_tensor
+from hf_fda.checkpoint.layout import Role
+from hf_fda.checkpoint.writer import SafetensorsWriter, Shard, save_tensors
+from hf_fda.errors import RunError
+from hf_fda.inputs import Source
+from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.planning import Plan, check_disk, out_dtype
+from hf_fda.progress import Progress, logger
+from hf_fda.publish import publish
+from hf_fda.store import WORK, Store, key_of
+from hf_fda.version import versions
+
+STAGED = f"{WORK}/staged"
+BLOCKS = f"{WORK}/blocks"
+
+
+def run(plan: Plan, quiet: bool = False) -> Path:
+    """Do what a plan says. Work that an earlier run of the same plan finished is not done again.
+
+    Args:
+        plan: from `hf_fda.plan`.
+        quiet: show no progress.
+
+    Returns:
+        the output folder.
+
+    Raises:
+        InputError: when the disk has no room for the result; nothing was written then.
+        RunError: when the work fails on the way; the same call goes on from there.
+    """
+    check_disk(plan)
+    engine = Engine(plan, Progress(len(plan.constructions) + len(plan.units) + len(plan.shards), quiet))
+    try:
+        engine.merge()
+    finally:
+        engine.progress.close()
+    return plan.output
+
+
+class Engine:
+    """One run of a plan.
+
+    Args:
+        plan: what to do.
+        progress: whom to tell.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self.plan, self.progress = plan, progress
+        self.base = plan.inputs.base
+        self.store = Store(plan.output)
+        self._finished: dict[str, bool] = {}
+
+    def merge(self) -> None:
+        """Construct, adapt, assemble, publish."""
+        for unit in self.plan.units:
+            for source in self.plan.inputs.sources:
+                if source.anchors is None:
+                    self._construct(source, unit)
+            self._adapt(unit)
+        for source in self.plan.inputs.sources:
+            if source.anchors is None and self.plan.units:
+                self._frame_anchors(source)
+        for shard in self.plan.shards:
+            self._assemble(shard)
+        publish(self.plan, self.store)
+
+    # -- anchors ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def builder(self) -> AnchorBuilder:
+        """Makes anchors; exists only for method "fda"."""
+        assert isinstance(self.plan.config, FDAConfig)
+        return AnchorBuilder(self.base, self.plan.units, self.plan.config, self.plan.device, self.plan.seed)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of base and sources, by name; it changes when their weights do."""
+        named = {source.name: source.checkpoint.fingerprint() for source in self.plan.inputs.weighted}
+        return {"": self.base.fingerprint(), **named}
+
+    def _construct(self, source: Source, unit: Unit) -> None:
+        """Make the anchors of one unit for one source, unless they are there."""
+        name, key = f"anchors/{source.name}/{unit_file(unit.name)}", self._anchors_key(source, unit)
+        what = f"{source.name} {unit.name}"
+        if not self.store.finished(name, key):
+            assert source.weights is not None
+            self.progress.now(f"construct {what}")
+            anchors = self.builder.build(
+                source.weights, unit, lambda step, loss: self.progress.now(f"construct {what}", loss)
+            )
+            if anchors.left_out:
+                logger.debug("%s: no gradient or no task vector for %s", what, ", ".join(anchors.left_out))
+            self.store.write(name, key, lambda path: write_unit(path, anchors))
+        self.progress.finish(what)
+
+    def _anchors_key(self, source: Source, unit: Unit) -> str:
+        if source.anchors is not None:
+            return key_of("given", source.anchors.digest(unit.name))
+        assert isinstance(self.plan.config, FDAConfig)
+        prints = self.fingerprints
+        options = self.plan.config.construction()
+        return key_of("anchors", unit.name, options, prints[""], prints[source.name], self.plan.seed, versions())
+
+    def _anchors_of(self, source: Source, unit: Unit) -> tuple[Tensor, Tensor]:
+        """Anchors and targets of one unit for one source, on the device."""
+        if source.anchors is not None:
+            found = source.anchors[unit.name]
+        else:
+            found = read_unit(self.plan.output / "anchors" / source.name / unit_file(unit.name))
+        return found.anchors.to(self.plan.device), found.targets.to(self.plan.device)
+
+    def _frame_anchors(self, source: Source) -> None:
+        """Write what surrounds the blocks of a source's anchors, when they are complete."""
+        assert isinstance(self.plan.config, FDAConfig) and source.weights is not None
+        info = AnchorsInfo(
+            tuple(unit.name for unit in self.plan.units),
+            self.plan.config.construction(),
+            provenance(self.base),
+            provenance(source.weights.checkpoint),
+            self.plan.seed,
+        )
+        folder = self.plan.output / "anchors" / source.name
+        manifest = folder / MANIFEST
+        if not manifest.is_file() or manifest.read_text(encoding="utf-8") != info.to_json():
+            manifest.unlink(missing_ok=True)
+        write_frame(folder, info)
+
+    # -- adaptation ------------------------------------------------------------------------------------------------
+
+    def _adapt(self, unit: Unit) -> None:
+        """Adapt one unit to the anchors of all sources, unless that is done."""
+        name, key = f"{BLOCKS}/{unit.name}.safetensors", self._unit_key(unit)
+        if not self.store.finished(name, key) and not self._assembled(unit):
+            self.progress.now(f"adapt {unit.name}")
+            adapted = self._adapted(unit)
+            self.store.write(name, key, lambda path: save_tensors(path, adapted))
+        self.progress.finish(unit.name)
+
+    def _adapted(self, unit: Unit) -> dict[str, Tensor]:
+        """The merged tensors of one unit, by the base's names, in float32."""
+        config = self.plan.config
+        assert isinstance(config, FDAConfig) and config.epochs is not None
+        assert config.adaptation_distance is not None and config.adaptation_learning_rate is not None
+        module = self.builder.load(self.base.read, unit)
+        tasks = None if config.initial == "base" else self._start(module, unit)
+        pairs = [self._anchors_of(source, unit) for source in self.plan.inputs.sources]
+        try:
+            adapted = adapt_unit(
+                module,
+                self.builder.capture.calls[unit.name],
+                [anchors for anchors, _ in pairs],
+                [targets for _, targets in pairs],
+                tasks,
+                kind=config.adaptation_distance,
+                epochs=config.epochs,
+                learning_rate=config.adaptation_learning_rate,
+                batch_size=config.batch_size,
+                generator=unit_generator(self.plan.seed, "batches", unit.name),
+                report=lambda epoch, loss: self.progress.now(f"adapt {unit.name}", loss),
+            )
+        except RunError as error:
+            raise RunError(f"block '{unit.name}': {error}") from None
+        logger.debug("%s: distance %.4g before, %.4g after", unit.name, adapted.loss_before, adapted.loss_after)
+        return {f"{unit.name}.{name}": tensor for name, tensor in adapted.parameters.items()}
+
+    def _start(self, module: torch.nn.Module, unit: Unit) -> list[dict[str, Tensor]]:
+        """Move a unit from the base to the start of adaptation; its task vectors, whose coefficients will be adapted.
+
+        They are the sources' own where the start is their sum (task arithmetic, linear), else the merged one.
+        """
+        config = self.plan.config
+        assert isinstance(config, FDAConfig) and isinstance(config.initial, MethodConfig)
+        own = config.initial.elementwise
+        tasks: list[dict[str, Tensor]] = [{} for _ in range(len(self.plan.inputs.weighted) if own else 1)]
+        for path, parameter in module.named_parameters():
+            name = f"{unit.name}.{path}"
+            base, sources = self._tensors(name, torch.float32)
+            merged = apply_method(config.initial, base, sources, self.base.layout.roles[name])
+            parameter.data = (base + merged).contiguous()
+            for held, task in zip(tasks, sources if own else [merged], strict=True):
+                held[path] = task
+        return tasks
+
+    def _unit_key(self, unit: Unit) -> str:
+        config = self.plan.config
+        anchors = [self._anchors_key(source, unit) for source in self.plan.inputs.sources]
+        start = self.fingerprints if isinstance(config, FDAConfig) and config.initial != "base" else self.fingerprints[""]
+        return key_of("unit", unit.name, config.options(), anchors, start, self.plan.seed, versions())
+
+    # -- assembly --------------------------------------------------------------------------------------------------
+
+    def _assembled(self, unit: Unit) -> bool:
+        """Whether all shards that hold tensors of a unit are finished."""
+        holding = [shard for shard in self.plan.shards if self._units_in(shard) & {unit.name}]
+        return all(self._shard_finished(shard) for shard in holding)
+
+    def _units_in(self, shard: Shard) -> set[str]:
+        recipes = self.plan.result.recipes
+        return {recipes[name].unit or "" for group in shard.groups for name in group} - {""}
+
+    def _shard_finished(self, shard: Shard) -> bool:
+        if shard.file not in self._finished:
+            key = self._shard_key(shard)
+            places = (shard.file, f"{STAGED}/{shard.file}")
+            self._finished[shard.file] = any(self.store.finished(place, key) for place in places)
+        return self._finished[shard.file]
+
+    def _shard_key(self, shard: Shard) -> str:
+        units = {unit.name: self._unit_key(unit) for unit in self.plan.units if unit.name in self._units_in(shard)}
+        recipes = self.plan.result.recipes
+        rules = [
+            (name, recipe.rule, recipe.config.options() if recipe.config else None, recipe.config and recipe.config.name)
+            for group in shard.groups
+            for name in group
+            for recipe in [recipes[name]]
+        ]
+        specs = {name: (str(spec.dtype), spec.shape) for name, spec in shard.specs.items()}
+        return key_of("shard", rules, specs, units, self.fingerprints, versions())
+
+    def _assemble(self, shard: Shard) -> None:
+        """Write one weight file, unless it is there."""
+        if not self._shard_finished(shard):
+            self.progress.now(f"write {shard.file}")
+            self.store.write(f"{STAGED}/{shard.file}", self._shard_key(shard), lambda path: self._fill(path, shard))
+        self.progress.finish(shard.file)
+
+    def _fill(self, path: Path, shard: Shard) -> None:
+        result = self.plan.result
+        with SafetensorsWriter(path, shard.specs) as file:
+            for group in shard.groups:
+                tensors = {
+                    name: self._tensor(name).to(out_dtype(self.plan.inputs, result, name, self.plan.dtype))
+                    for name in group
+                }
+                for name, tensor in result.layout.to_disk(tensors).items():
+                    file.write(name, tensor)
+
+    def _tensor(self, name: str) -> Tensor:
+        """One merged tensor in memory layout, on the CPU, by its recipe.
+
+        Raises:
+            RunError: when it is not finite although its inputs are.
+        """
+        recipe = self.plan.result.recipes[name]
+        if recipe.rule == "unit":
+            own = self.plan.result.base_names[name]
+            path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
+            return read_tensor(path, read_header(path)[own])
+        if recipe.rule == "base":
+            return self.base.read(self.plan.result.base_names[name])
+        assert recipe.config is not None
+        work = torch.float64 if recipe.config.elementwise and self.plan.device.type != "mps" else torch.float32
+        if recipe.rule == "soup":
+            tensors = [source.checkpoint.read(name).to(self.plan.device, work) for source in self.plan.inputs.weighted]
+            return recipe.config.merge(torch.zeros_like(tensors[0]), tensors).cpu()
+        base, tasks = self._tensors(self.plan.result.base_names[name], work)
+        if not base.is_floating_point() or not tasks:
+            return base.cpu()
+        role = self.base.layout.roles[self.plan.result.base_names[name]]
+        merged = base + apply_method(recipe.config, base, tasks, role)
+        if not bool(merged.isfinite().all()):
+            raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
+        return merged.cpu()
+
+    def _tensors(self, name: str, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """The base's tensor and the sources' task tensors in type `work` on the device (whole numbers as they are)."""
+        base = self.base.read(name)
+        if not base.is_floating_point():
+            return base, []
+        base = base.to(self.plan.device, work)
+        return base, [self._task(source, name, base) for source in self.plan.inputs.weighted]
+
+    def _task(self, source: AlignedSource, name: str, base: Tensor) -> Tensor:
+        if name not in source.tensor_of:
+            return torch.zeros_like(base)
+        return source.read(name).to(base.device, base.dtype).sub_(base)
+
+
+def apply_method(config: MethodConfig, base: Tensor, tasks: list[Tensor], role: Role) -> Tensor:
+    """A method's merged task tensor for one model tensor, handed over the way matrix methods mean it.
+
+    A linear weight goes as (d_out, d_in), a transposed one is turned, a stack of weights goes one by one, and what is
+    no linear weight (a lookup table, a bias, a convolution) goes flat, so that no spectrum is made of it.
+    """
+    if config.elementwise or role == "linear":
+        return config.merge(base, tasks)
+    if role == "conv1d":
+        return config.merge(base.mT, [task.mT for task in tasks]).mT
+    if role == "stack":
+        return torch.stack([config.merge(base[i], [task[i] for task in tasks]) for i in range(len(base))])
+    return config.merge(base.flatten(), [task.flatten() for task in tasks]).view_as(base)
+
+
+def load_anchors(folder: Path) -> Mapping[str, FunctionalDualAnchors]:
+    """The anchors that a merge left in its folder, by task name."""
+    found = sorted((folder / "anchors").glob(f"*/{MANIFEST}"))
+    return {path.parent.name: FunctionalDualAnchors.from_pretrained(path.parent) for path in found}

@@ -1,0 +1,41 @@
+"""The two ways a merge can fail, each with a message that names the thing and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class HFFDAError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(HFFDAError, ValueError):
+    """An argument or an input cannot be used. Raised before any work starts; nothing was written."""
+
+
+class RunError(HFFDAError, RuntimeError):
+    """The work failed on the way. What was finished stays on disk; the same call goes on from there."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped word.
+
+    >>> nearest("task_aritmetic", ["linear", "task_arithmetic"])
+    "did you mean 'task_arithmetic'? Known: linear, task_arithmetic."
+    """
+    names = list(known)
+    close = get_close_matches(word, names, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Known: {', '.join(names)}."
+
+
+def few(names: Iterable[str], limit: int = 3) -> str:
+    """The first few of many names, for messages.
+
+    >>> few(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    listed = list(names)
+    more = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,83 @@
+"""What a merge will need, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+
+from hf_fda.blocks import Unit
+from hf_fda.checkpoint.writer import Shard
+from hf_fda.inputs import Inputs
+from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.recipes import Output
+
+
+def peak_memory_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output) -> int:
+    """Peak bytes a merge holds at once, beside the libraries: the largest of its stages."""
+    stages = [_tensor_stage(inputs, result)]
+    if isinstance(config, FDAConfig) and units:
+        stages.append(max(_construction(inputs, config, unit) for unit in units))
+        stages.append(max(_adaptation(inputs, config, unit) for unit in units))
+    return max(stages)
+
+
+def _tensor_stage(inputs: Inputs, result: Output) -> int:
+    """One tensor of base and sources in the working type, with the merged one and a decomposition's work space."""
+    count = len(inputs.sources)
+    need = 0
+    for name, recipe in result.recipes.items():
+        entries = prod(result.layout.shapes[name])
+        if recipe.rule == "method" and recipe.config is not None:
+            exact = recipe.config.elementwise
+            need = max(need, entries * (8 * (count + 3) if exact else 4 * (2 * count + 5)))
+        else:
+            need = max(need, entries * 12)
+    return need
+
+
+def _construction(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
+    """Base, source and task vector in float32; gradients and their graph; the float64 look at a few anchors."""
+    entries = _entries(inputs, unit.tensors)
+    return entries * 4 * 8 + _activations(inputs, config, unit) * 4 * 6
+
+
+def _adaptation(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
+    """Parameters, gradients, two moments, the step, and the task vectors where coefficients are adapted."""
+    tasks = 0 if config.initial == "base" else len(inputs.sources)
+    anchors = len(inputs.sources) * (config.num_anchors or 0) * (config.num_tokens or 1) * _width(inputs) * 2
+    return (_entries(inputs, unit.tensors) * (7 + tasks) + anchors) * 4
+
+
+def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
+    """Entries of all linear outputs of a unit for all its anchors."""
+    shapes = inputs.base.layout.shapes
+    outputs = sum(shapes[name][0] for name in unit.tensors if len(shapes[name]) == 2)
+    return (config.num_anchors or 0) * (config.num_tokens or _tokens(inputs)) * outputs
+
+
+def _tokens(inputs: Inputs) -> int:
+    """Tokens of an image; of a text the published five."""
+    config = inputs.base.config
+    vision = getattr(config, "vision_config", config)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 5
+
+
+def _width(inputs: Inputs) -> int:
+    return int(inputs.base.config.get_text_config().hidden_size)
+
+
+def _entries(inputs: Inputs, names: Iterable[str]) -> int:
+    return sum(prod(inputs.base.layout.shapes[name]) for name in names)
+
+
+def disk_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], shards: Sequence[Shard]) -> int:
+    """Bytes the output folder will take, with what is there while it is being made."""
+    model = sum(shard.nbytes for shard in shards)
+    if not isinstance(config, FDAConfig):
+        return model
+    blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4
+    tokens = config.num_tokens or _tokens(inputs)
+    constructed = sum(source.anchors is None for source in inputs.sources)
+    anchors = constructed * len(units) * (config.num_anchors or 0) * tokens * _width(inputs) * 4 * 2
+    return model + blocks + anchors

@@ -1,0 +1,176 @@
+"""The base and the sources of a merge: opened, named, matched to each other, and refused by name if they do not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_fda.anchors.container import MANIFEST, FunctionalDualAnchors
+from hf_fda.blocks import find_blocks, regions
+from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
+from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint, open_checkpoint
+from hf_fda.errors import InputError, few, nearest
+
+OpenCheckpoint = FileCheckpoint | ModelCheckpoint
+
+
+@dataclass
+class Source:
+    """One model to merge: its weights matched to the base, its anchors, or both.
+
+    `name` is the task's name, used for folders and in messages.
+    """
+
+    name: str
+    id: str
+    weights: AlignedSource | None = None
+    anchors: FunctionalDualAnchors | None = None
+
+
+@dataclass
+class Inputs:
+    """Everything a merge reads."""
+
+    base: OpenCheckpoint
+    sources: tuple[Source, ...]
+
+    @property
+    def weighted(self) -> tuple[AlignedSource, ...]:
+        """The sources that have weights."""
+        return tuple(source.weights for source in self.sources if source.weights is not None)
+
+
+def open_inputs(
+    base: Any, sources: Any, anchors: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> Inputs:
+    """Open base and sources and match them.
+
+    Args:
+        base: folder, Hub id or model.
+        sources: a list of folders, Hub ids, models or anchors, or the same by task name.
+        anchors: anchors that were already constructed, by task name of a source that is given as weights.
+        trust_remote_code: run model code that comes with the checkpoints.
+
+    Raises:
+        InputError: when one cannot be used, or two do not belong together.
+    """
+    named = name_sources(sources)
+    theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
+    if not isinstance(theta, ModelCheckpoint) and theta.missing:
+        absent = [name for name in theta.missing if name.startswith(tuple(find_blocks(theta.layout.model)))]
+        if absent:
+            raise InputError(f"base: {theta.id} lacks {len(absent)} tensors of its blocks ({few(absent)})")
+    given = dict(anchors or {})
+    for name in given:
+        if name not in named:
+            raise InputError(f"anchors: there is no source '{name}': {nearest(name, named)}")
+    opened = tuple(_open(theta, name, value, given.get(name), trust_remote_code) for name, value in named.items())
+    return Inputs(theta, opened)
+
+
+def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remote_code: bool) -> Source:
+    dual = _as_anchors(value)
+    if dual is not None:
+        return Source(name, dual.info.source.get("id", name), anchors=dual)
+    checkpoint = open_checkpoint(value, trust_remote_code=trust_remote_code, label=f"source '{name}'")
+    aligned = align(base, checkpoint, name)
+    _check_complete(base, aligned)
+    check_shapes(base, aligned, [own for own in aligned.tensor_of if not _is_head(base, aligned, own)])
+    own_anchors = None
+    if anchors is not None:
+        own_anchors = _as_anchors(anchors)
+        if own_anchors is None:
+            raise InputError(f"anchors of '{name}': {anchors} is neither FunctionalDualAnchors nor an anchors folder")
+    return Source(name, checkpoint.id, aligned, own_anchors)
+
+
+def _is_head(base: OpenCheckpoint, source: AlignedSource, name: str) -> bool:
+    """A tensor outside the bare model in both: heads of different sizes may bear one name."""
+    own = f"{base.layout.model.base_model_prefix}."
+    other = f"{source.checkpoint.layout.model.base_model_prefix}."
+    inside = name.startswith(own) or source.tensor_of[name].startswith(other)
+    bare = own not in base.layout.body_prefixes
+    return not inside and not bare
+
+
+def _check_complete(base: OpenCheckpoint, source: AlignedSource) -> None:
+    """Refuse a source that lacks tensors the base has, or has more in its blocks.
+
+    What follows the last block may differ, and a whole tower may be absent (a vision fine-tune of a CLIP).
+    """
+    where = regions(base.layout)
+    towers: dict[str, list[str]] = {}
+    for block in find_blocks(base.layout.model):
+        towers.setdefault(block.rpartition(".")[0], []).append(f"{block}.")
+    present = [
+        tuple(blocks)
+        for blocks in towers.values()
+        if any(name.startswith(tuple(blocks)) for name in source.tensor_of)
+    ]
+    if len(present) == len(towers):
+        lacking = [name for name in source.absent if where[name] != "after"]
+    else:
+        lacking = [name for name in source.absent if name.startswith(tuple(b for blocks in present for b in blocks))]
+    if lacking:
+        raise InputError(
+            f"source '{source.name}' ({source.checkpoint.id}) lacks {len(lacking)} of the base's {len(base.names)} "
+            f"tensors ({few(lacking)}); it is no fine-tune of {base.id}, or its files are incomplete"
+        )
+    own_blocks = tuple(f"{block}." for block in find_blocks(source.checkpoint.layout.model))
+    extra = [name for name in source.extra if name.startswith(own_blocks)] if own_blocks else []
+    if extra:
+        raise InputError(
+            f"source '{source.name}' ({source.checkpoint.id}) has {len(extra)} tensors in its blocks that the base "
+            f"lacks ({few(extra)}); it is no fine-tune of {base.id}"
+        )
+
+
+def _as_anchors(value: Any) -> FunctionalDualAnchors | None:
+    """`value` as anchors if that is what it is: a container, or the folder of one."""
+    if isinstance(value, FunctionalDualAnchors):
+        return value
+    if isinstance(value, (str, os.PathLike)) and (Path(value).expanduser() / MANIFEST).is_file():
+        return FunctionalDualAnchors.from_pretrained(value)
+    return None
+
+
+def name_sources(sources: Any) -> dict[str, Any]:
+    """Sources by task name; those of a list are named after the last part of their path.
+
+    >>> list(name_sources(["models/sst2", "me/bert-mnli@main"]))
+    ['sst2', 'bert-mnli']
+
+    Raises:
+        InputError: when there are none, two have one name, or a name cannot be a folder's.
+    """
+    if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, (Mapping, Sequence)):
+        raise InputError("sources must be a list of checkpoints, or a mapping from task name to checkpoint")
+    if not sources:
+        raise InputError("no sources: give at least one model that was fine-tuned from the base")
+    if isinstance(sources, Mapping):
+        named = {str(name): value for name, value in sources.items()}
+    else:
+        named = {}
+        for position, value in enumerate(sources):
+            name = _default_name(value, position)
+            if name in named:
+                raise InputError(
+                    f"two sources are named '{name}'; give each a name: sources={{'first': ..., 'second': ...}} "
+                    "(--source first=... --source second=...)"
+                )
+            named[name] = value
+    for name in named:
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+            raise InputError(f"source name '{name}': use letters, digits, '.', '_' and '-' (it names a folder)")
+    return named
+
+
+def _default_name(value: Any, position: int) -> str:
+    if isinstance(value, (str, os.PathLike)):
+        text = os.fspath(value).partition("@")[0]
+        return os.path.basename(os.path.normpath(text)) or f"source{position}"
+    return f"source{position}"

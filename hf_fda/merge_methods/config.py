@@ -1,0 +1,211 @@
+"""What every merge method's options have in common: typed, validated, printable, never changed in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from hf_fda.errors import InputError, nearest
+
+if typing.TYPE_CHECKING:
+    from torch import Tensor
+
+
+def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field that carries its own help text and bounds (both inclusive)."""
+    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Options of one merge method. A subclass is one method; its fields are its options.
+
+    Raises:
+        InputError: when an option has the wrong type or lies outside its bounds.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    elementwise: ClassVar[bool] = True
+    """Each output entry depends on the same entry of the inputs alone. Such a method is computed in float64,
+    which makes `theta_0 + (theta_1 - theta_0)` give back theta_1 bit for bit."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = coerce(field, hints[field.name], getattr(self, field.name), self.name)
+            object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def option_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The method's options by name, in order of definition."""
+        return {field.name: field for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> MethodConfig:
+        """A config from loose options (keyword arguments, YAML, command line); unknown names are refused."""
+        known = cls.option_fields()
+        for name in options:
+            if name not in known:
+                raise InputError(f"method '{cls.name}' has no option '{name}': {nearest(name, known)}")
+        return cls(**options)
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values, for a YAML file or a card."""
+        return {name: plain(getattr(self, name)) for name in self.option_fields()}
+
+    def merge(self, base: Tensor, tasks: Sequence[Tensor]) -> Tensor:
+        """The merged task tensor of one tensor. Pure: neither argument is changed.
+
+        Args:
+            base: theta_0, any shape; a linear weight is (d_out, d_in).
+            tasks: K task tensors theta_i - theta_0 of that shape.
+
+        Returns:
+            the tensor to add to `base`.
+        """
+        raise TypeError(f"method '{self.name}' does not work tensor by tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVectorConfig(MethodConfig):
+    """Options of every method that combines task vectors."""
+
+    scaling: float = option(1.0, "lambda: factor of the merged task vector")
+    weights: tuple[float, ...] | dict[str, float] | None = option(
+        None, "a factor for each source: a list in the order of the sources, or by source name"
+    )
+
+    def source_weights(self) -> tuple[float, ...] | None:
+        """`weights` as a tuple in the order of the sources, or None.
+
+        Raises:
+            InputError: when they are still given by name (`with_source_names` settles that).
+        """
+        if isinstance(self.weights, dict):
+            raise InputError(f"method '{self.name}': weights by name need the names of the sources")
+        return self.weights
+
+
+def with_source_names(config: MethodConfig, names: Sequence[str]) -> MethodConfig:
+    """`config` with its weights in the order of the sources, checked against their names.
+
+    Raises:
+        InputError: when a name is unknown, one is missing, or the number of weights is wrong.
+    """
+    weights = getattr(config, "weights", None)
+    if weights is None:
+        return config
+    if isinstance(weights, dict):
+        for name in weights:
+            if name not in names:
+                raise InputError(f"weights: there is no source '{name}': {nearest(name, names)}")
+        missing = [name for name in names if name not in weights]
+        if missing:
+            raise InputError(f"weights: no weight for {', '.join(missing)}: give one for every source")
+        return dataclasses.replace(config, weights=tuple(weights[name] for name in names))  # type: ignore[call-arg]
+    if len(weights) != len(names):
+        raise InputError(f"weights: {len(weights)} given for {len(names)} sources ({', '.join(names)})")
+    return config
+
+
+def plain(value: Any) -> Any:
+    """`value` in the types YAML and JSON know."""
+    if isinstance(value, MethodConfig):
+        return {"method": value.name, **value.options()}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def coerce(field: dataclasses.Field[Any], hint: Any, value: Any, method: str) -> Any:
+    """`value` as the type `hint` that `field` declares (from a string too), within the field's bounds."""
+    label = f"method '{method}': option '{field.name}'"
+    try:
+        result = _convert(hint, value)
+    except (TypeError, ValueError):
+        raise InputError(f"{label} must be {describe(hint)}, not {value!r}") from None
+    if isinstance(result, (int, float)) and not isinstance(result, bool):
+        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+        if result != result or (low is not None and result < low) or (high is not None and result > high):
+            bounds = " and ".join(
+                text for text in (low is not None and f"at least {low}", high is not None and f"at most {high}") if text
+            )
+            raise InputError(f"{label} must be {bounds or 'a number'}, not {result}")
+    return result
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words, for messages and `hf-fda methods`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is tuple:
+        return f"a list of {describe(arguments[0])}"
+    if origin is dict:
+        return f"{describe(arguments[1])} by name"
+    if hint is type(None):
+        return "none"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for argument in sorted(arguments, key=lambda item: item is str):  # str takes anything: try it last
+            try:
+                return _convert(argument, value)
+            except (TypeError, ValueError):
+                continue
+        raise ValueError(value)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ValueError(value)
+    if origin is tuple:
+        items = [part for part in value.split(",") if part] if isinstance(value, str) else value
+        if isinstance(items, (dict, int, float)):
+            raise ValueError(value)
+        return tuple(_convert(arguments[0], item) for item in items)
+    if origin is dict:
+        if isinstance(value, str):
+            value = dict(part.split("=", 1) for part in value.split(","))
+        return {str(key): _convert(arguments[1], item) for key, item in dict(value).items()}
+    if hint is type(None):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        raise ValueError(value)
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        words = {"true": True, "false": False, "yes": True, "no": False}
+        if str(value).lower() not in words:
+            raise ValueError(value)
+        return words[str(value).lower()]
+    if hint is int:
+        if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+            raise ValueError(value)
+        return int(value)
+    if hint is float:
+        if isinstance(value, bool):
+            raise ValueError(value)
+        return float(value)
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        raise ValueError(value)
+    if isinstance(value, hint):
+        return value
+    raise ValueError(value)

@@ -1,0 +1,141 @@
+"""Options of the merge by functional dual anchors. The work itself is in `hf_fda.anchors` and the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from hf_fda.errors import InputError, nearest
+from hf_fda.merge_methods.config import MethodConfig, option, with_source_names
+from hf_fda.merge_methods.registry import method_class, register_config
+
+Family = Literal["vision", "encoder", "decoder"]
+Distance = Literal["cosine", "mse", "mae"]
+
+CONSTRUCTION_FIELDS = (
+    "initialization",
+    "num_anchors",
+    "num_tokens",
+    "steps",
+    "learning_rate",
+    "distance",
+    "position_embeddings",
+    "patience",
+    "unit",
+)
+"""The options that determine the anchors; the others only act on the merge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FDAConfig(MethodConfig):
+    """Options of `fda`. What is None takes the published value for the kind of model (`for_family`)."""
+
+    name: ClassVar[str] = "fda"
+    summary: ClassVar[str] = "match every source's blocks on anchors built from its weights alone"
+    paper: ClassVar[str] = "Functional dual anchors, arXiv 2510.21223"
+    elementwise: ClassVar[bool] = False
+
+    initial: str | MethodConfig = option(
+        "base", "where adaptation starts: base, or a parameter-space method, whose own options may follow"
+    )
+    rest: str | MethodConfig = option("base", "what lies outside the blocks: base, or a parameter-space method")
+    unit: tuple[str, ...] | None = option(
+        None, "block, or the submodules of a block to merge one by one, such as mlp; by kind of model"
+    )
+    initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
+    num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
+    num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
+    steps: int | None = option(None, "construction steps at most; by kind of model", minimum=0)
+    learning_rate: float = option(1e-2, "AdamW step size of construction", minimum=0)
+    distance: Distance = option("cosine", "distance of a block's outputs in construction")
+    position_embeddings: bool | None = option(
+        None, "add the source's position embeddings to the anchors; by kind of model"
+    )
+    patience: int | None = option(
+        40, "stop constructing when the loss has not fallen by 1 % in so many steps; none: never", minimum=1
+    )
+    epochs: int | None = option(None, "passes of adaptation over all anchors; by kind of model", minimum=0)
+    adaptation_learning_rate: float | None = option(None, "Adam step size of adaptation; by kind of model", minimum=0)
+    adaptation_distance: Distance | None = option(
+        None, "distance of a block's outputs in adaptation; by kind of model"
+    )
+    batch_size: int = option(128, "anchors per adaptation step", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for role in ("initial", "rest"):
+            value = getattr(self, role)
+            if isinstance(value, str) and value != "base":
+                value = method_class(value)()
+                object.__setattr__(self, role, value)
+            if isinstance(value, FDAConfig):
+                raise InputError(f"method 'fda': {role} must be 'base' or a parameter-space method")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> FDAConfig:
+        """As `MethodConfig.from_options`; options that `fda` lacks go to the `initial` method.
+
+        `initial` and `rest` may also be mappings: ``{"method": "tsv", "scaling": 1.2}``.
+        """
+        own = cls.option_fields()
+        mine: dict[str, Any] = {name: value for name, value in options.items() if name in own}
+        others = {name: value for name, value in options.items() if name not in own}
+        for role in ("initial", "rest"):
+            if isinstance(mine.get(role), Mapping):
+                nested = dict(mine[role])
+                mine[role] = method_class(nested.pop("method", "")).from_options(nested)
+        initial = mine.get("initial", "base")
+        if others and isinstance(initial, str) and initial != "base":
+            mine["initial"] = method_class(initial).from_options(others)
+        elif others:
+            name = next(iter(others))
+            note = "" if isinstance(initial, MethodConfig) else " (options of another method need initial=METHOD)"
+            raise InputError(f"method 'fda' has no option '{name}'{note}: {nearest(name, own)}")
+        return cls(**mine)
+
+    def for_family(self, family: Family, hidden_size: int) -> FDAConfig:
+        """The config with every open option filled in, as published for this kind of model.
+
+        Args:
+            family: "vision", "encoder" (text) or "decoder".
+            hidden_size: d of the blocks; from 1024 on a text model counts as large.
+        """
+        from_base = self.initial == "base"
+        large = hidden_size >= 1024
+        published: dict[str, Any] = {
+            "unit": ("mlp",) if family == "decoder" else ("block",),
+            "num_anchors": 8192 if family == "decoder" else 64,
+            "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
+            "steps": 200 if family == "decoder" else 1200,
+            "position_embeddings": family == "encoder",
+            "epochs": (15 if large else 100) if not from_base else _base_epochs(family, large),
+            "adaptation_learning_rate": 1e-2 if not from_base else (1e-5 if family == "vision" else 5e-5),
+            "adaptation_distance": "cosine" if family == "vision" else "mse",
+        }
+        open_options = {name: value for name, value in published.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **open_options)
+
+    def with_sources(self, names: list[str]) -> FDAConfig:
+        """The config with the weights of `initial` and `rest` in the order of the sources."""
+        roles = {
+            role: with_source_names(value, names)
+            for role in ("initial", "rest")
+            if isinstance(value := getattr(self, role), MethodConfig)
+        }
+        return dataclasses.replace(self, **roles)
+
+    def construction(self) -> dict[str, Any]:
+        """The options that determine the anchors."""
+        return {name: value for name, value in self.options().items() if name in CONSTRUCTION_FIELDS}
+
+
+def _base_epochs(family: Family, large: bool) -> int:
+    """Published passes of adaptation from the base itself: 100 for ViT; RoBERTa 125, large 25."""
+    if family == "vision":
+        return 100
+    return 25 if large else 125
+
+
+register_config(FDAConfig)

@@ -1,0 +1,49 @@
+"""Linear: the weighted mean of the models themselves (a model soup)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_fda.errors import InputError
+from hf_fda.merge_methods.config import MethodConfig, option
+from hf_fda.merge_methods.registry import register
+from hf_fda.tensors import total, weighted
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(MethodConfig):
+    """Options of `linear`."""
+
+    name: ClassVar[str] = "linear"
+    summary: ClassVar[str] = "weighted mean of the models"
+    paper: ClassVar[str] = "Model soups, arXiv 2203.05482"
+
+    weights: tuple[float, ...] | dict[str, float] | None = option(
+        None, "a factor for each source: a list in the order of the sources, or by source name"
+    )
+    normalize: bool = option(True, "divide by the sum of the weights")
+
+
+@register(LinearConfig)
+def linear(base: Tensor, tasks: Sequence[Tensor], config: LinearConfig) -> Tensor:
+    """``sum_i w_i theta_i / sum_i w_i``, written as a task tensor. Without `normalize`: ``sum_i w_i tau_i``.
+
+    Args:
+        base: theta_0, any shape (unused: a weighted mean of models is one of task tensors).
+        tasks: K task tensors of that shape.
+        config: the options; `weights` in the order of `tasks`.
+
+    Raises:
+        InputError: when the weights sum to zero and are to be normalised.
+    """
+    weights = config.weights if isinstance(config.weights, tuple) else (1.0,) * len(tasks)
+    merged = total(weighted(tasks, weights))
+    if not config.normalize:
+        return merged
+    if sum(weights) == 0:
+        raise InputError("linear: the weights sum to zero; pass normalize=False or other weights")
+    return merged / sum(weights)

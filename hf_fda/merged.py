@@ -1,0 +1,170 @@
+"""The result of a merge: a folder that loads as the model of each of its tasks, and goes to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fda.checkpoint.header import read_header, read_tensor
+from hf_fda.checkpoint.layout import model_class_of
+from hf_fda.checkpoint.location import Location, locate
+from hf_fda.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+HEADS = "task_heads"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model in a folder."""
+
+    folder: Path
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks whose own heads lie beside the merged body."""
+        return sorted(path.parent.name for path in self.folder.glob(f"{HEADS}/*/config.json"))
+
+    def load(self, task: str | None = None, **kwargs: Any) -> PreTrainedModel:
+        """The transformers model, as `load`."""
+        return load(self.folder, task, **kwargs)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Upload the folder as a Hub model.
+
+        Args:
+            repo_id: "org/name"; made if it is not there.
+            private: make it private.
+            token: an access token; the saved one if None.
+            revision: a branch; the main one if None.
+
+        Returns:
+            the address of the commit.
+        """
+        return push(self.folder, repo_id, private=private, token=token, revision=revision)
+
+
+def load(
+    source: str | os.PathLike[str],
+    task: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a merged model, with a task's own head where it has heads.
+
+    Args:
+        source: the merged folder, or its Hub id.
+        task: one of the heads in `task_heads/`; None gives the merged body alone.
+        revision: Hub revision.
+        trust_remote_code: run model code that comes with the checkpoint.
+        kwargs: passed on to `from_pretrained` (dtype, device_map, attn_implementation).
+
+    Returns:
+        the model, in evaluation mode.
+
+    Raises:
+        InputError: when there is no such model or task.
+    """
+    location = locate(source, revision)
+    if "config.json" not in location.names:
+        raise InputError(f"{source}: no finished model in it (no config.json); run its merge to the end first")
+    if task is None:
+        config = _config(location, "config.json", trust_remote_code)
+        where = str(location.folder or location.repo_id)
+        return model_class_of(config, where, trust_remote_code).from_pretrained(
+            where, revision=location.commit if location.folder is None else None, config=config, **kwargs
+        )
+    known = tasks_of(location)
+    if task not in known:
+        listed = nearest(task, known) if known else "it has no task heads; leave the task out."
+        raise InputError(f"{source}: no head for task '{task}': {listed}")
+    return _with_head(location, task, trust_remote_code, kwargs)
+
+
+def tasks_of(location: Location) -> list[str]:
+    """Tasks with a head in a merged folder or repository."""
+    if location.folder is not None:
+        return Merged(location.folder).tasks
+    parts = [name.split("/") for name in location.names]
+    return sorted(part[1] for part in parts if len(part) == 3 and part[0] == HEADS and part[2] == "config.json")
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload a merged folder, or an anchors folder (then as a dataset), to the Hub.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        InputError: when the folder is neither, or the merge in it is not finished.
+    """
+    from huggingface_hub import HfApi
+
+    path = Path(folder)
+    kind = "dataset" if (path / "anchors.json").is_file() else "model"
+    if kind == "model" and not all((path / name).is_file() for name in ("config.json", "merge_config.yaml")):
+        raise InputError(f"{folder}: neither a finished merge nor anchors; run its merge to the end first")
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        repo_type=kind,
+        folder_path=path,
+        revision=revision,
+        commit_message="Upload merged model" if kind == "model" else "Upload anchors",
+    )
+    return str(commit)
+
+
+def _config(location: Location, name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    path = location.path(name)
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _with_head(location: Location, task: str, trust_remote_code: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+    head = f"{HEADS}/{task}"
+    config = _config(location, f"{head}/config.json", trust_remote_code)
+    own = _tensors([location.path(f"{head}/model.safetensors")])
+    model_class = model_class_of(config, str(location.folder or location.repo_id), trust_remote_code)
+    state = {**_tensors([location.path(name) for name in location.weight_files()]), **own}
+    state, kwargs = _for_class(state, own, model_class, config), dict(kwargs)
+    kwargs.setdefault("dtype", json.loads(location.path("config.json").read_text()).get("dtype", "auto"))
+    model, report = model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **kwargs
+    )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise InputError(f"{location.id}: body and head of task '{task}' lack {missing}; the folder is incomplete")
+    return model.eval()
+
+
+def _for_class(
+    state: dict[str, Tensor], own: dict[str, Tensor], model_class: type[PreTrainedModel], config: Any
+) -> dict[str, Tensor]:
+    """Only what the class has a place for: the merged folder may hold a head of its base's own beside the body."""
+    from hf_fda.checkpoint.layout import ModelLayout
+
+    _, unexpected = ModelLayout(config, model_class).groups(state)
+    return {name: tensor for name, tensor in state.items() if name not in unexpected or name in own}
+
+
+def _tensors(paths: list[Path]) -> dict[str, Tensor]:
+    return {name: read_tensor(path, entry) for path in paths for name, entry in read_header(path).items()}

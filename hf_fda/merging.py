@@ -1,0 +1,69 @@
+"""The function a user calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_fda.checkpoint.writer import MAX_SHARD_BYTES
+from hf_fda.engine import run
+from hf_fda.merged import Merged
+from hf_fda.merge_methods import MethodConfig
+from hf_fda.planning import plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+def merge(
+    base: Any,
+    sources: Any,
+    method: str | MethodConfig = "fda",
+    output: str | os.PathLike[str] = "merged",
+    as_adapter: bool = False,
+    data: Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto",
+    dtype: str = "float32",
+    seed: int = 0,
+    *,
+    anchors: Mapping[str, Any] | None = None,
+    heads: str = "keep",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> Merged:
+    """Merge models that were fine-tuned from one base into a folder that transformers loads.
+
+    All arguments but `quiet` (show no progress) are those of `hf_fda.plan`, which runs first: what cannot be used is
+    refused before anything is written. Interrupted, the same call goes on where it stopped.
+
+    Returns:
+        the merged model; `.load(task)` gives it as a transformers model.
+
+    Raises:
+        InputError: naming the argument, source or tensor that cannot be used, and the way out.
+        RunError: when the work fails on the way.
+
+    Example:
+        >>> merged = merge("base/", {"sst2": "sst2/", "trec": "trec/"}, output="merged/")  # doctest: +SKIP
+        >>> model = merged.load(task="sst2")  # doctest: +SKIP
+    """
+    todo = plan(
+        base,
+        sources,
+        method,
+        output,
+        as_adapter,
+        data,
+        device,
+        dtype,
+        seed,
+        anchors=anchors,
+        heads=heads,
+        max_shard_bytes=max_shard_bytes,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    return Merged(run(todo, quiet))

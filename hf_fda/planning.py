@@ -1,0 +1,344 @@
+"""Everything a merge will do, checked and printable before any weight is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from hf_fda.blocks import Unit, family_of, find_units
+from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
+from hf_fda.devices import resolve_device
+from hf_fda.errors import InputError, nearest
+from hf_fda.estimate import disk_bytes, peak_memory_bytes
+from hf_fda.inputs import Inputs, Source, open_inputs
+from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
+from hf_fda.recipes import Heads, Output, decide
+from hf_fda.store import WORK
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, checked. `print(plan)` tells what will happen; `hf_fda.engine.run(plan)` does it.
+
+    `units` are what function-space methods merge one by one; `shards` the weight files that will be written;
+    `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `notes`
+    say what a user may not expect.
+    """
+
+    inputs: Inputs
+    config: MethodConfig
+    output: Path
+    result: Output
+    units: tuple[Unit, ...]
+    shards: tuple[Shard, ...]
+    dtype: torch.dtype | None
+    device: torch.device
+    seed: int
+    heads: Heads
+    arguments: dict[str, Any]
+    peak_memory_bytes: int
+    disk_bytes: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def constructions(self) -> tuple[tuple[Source, Unit], ...]:
+        """The (source, unit) pairs whose anchors have to be constructed."""
+        return tuple((source, unit) for unit in self.units for source in self.inputs.sources if not source.anchors)
+
+    def __str__(self) -> str:
+        base = self.inputs.base
+        lines = [
+            f"Merge of {len(self.inputs.sources)} sources by {self.config.name} into {self.output}",
+            f"  base      {base.id} ({base.layout.model_class.__name__}, {len(base.names)} tensors)",
+        ]
+        for source in self.inputs.sources:
+            head = next((head for head in self.result.heads if head.task == source.name), None)
+            kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
+            what = "anchors only" if source.weights is None else source.weights.checkpoint.layout.model_class.__name__
+            lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
+        options = {name: value for name, value in self.config.options().items() if value is not None}
+        lines.append("  options   " + ", ".join(f"{name}={_brief(value)}" for name, value in options.items()))
+        lines.append(f"  work      {self._work()}")
+        lines.append(f"  writes    {', '.join(self._writes())}")
+        lines.append(f"  memory    about {_size(self.peak_memory_bytes)} beside the libraries")
+        lines.append(f"  disk      about {_size(self.disk_bytes)}")
+        lines.extend(f"  note      {note}" for note in self.notes)
+        return "\n".join(lines)
+
+    def _work(self) -> str:
+        rules = [recipe.rule for recipe in self.result.recipes.values()]
+        tensors = f"{rules.count('method')} tensors by method, {rules.count('base')} from the base"
+        if rules.count("soup"):
+            tensors += f", {rules.count('soup')} means of the sources"
+        if not self.units:
+            return tensors
+        return f"{len(self.constructions)} constructions, {len(self.units)} adaptations; {tensors}"
+
+    def _writes(self) -> list[str]:
+        shards = f"{len(self.shards)} weight file{'s' if len(self.shards) > 1 else ''} ({_size(self._model_bytes())})"
+        heads = [f"task_heads/{head.task}" for head in self.result.heads]
+        anchors = [f"anchors/{source.name}" for source in self.inputs.sources if self.units and not source.anchors]
+        return [shards, "config.json", "merge_config.yaml", "README.md", *heads, *anchors]
+
+    def _model_bytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def plan(
+    base: Any,
+    sources: Any,
+    method: str | MethodConfig = "fda",
+    output: str | os.PathLike[str] = "merged",
+    as_adapter: bool = False,
+    data: Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto",
+    dtype: str = "float32",
+    seed: int = 0,
+    *,
+    anchors: Mapping[str, Any] | None = None,
+    heads: str = "keep",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Plan:
+    """Check a merge from configurations and file headers alone; no weight is read, nothing is written.
+
+    Args:
+        base: the checkpoint all sources were fine-tuned from: a Hub id ("org/name", "org/name@revision"), a folder,
+            or a model in memory.
+        sources: a list of checkpoints, or a mapping from task name to checkpoint. For method "fda" a source may
+            also be `FunctionalDualAnchors` or the folder of some.
+        method: a registered name (`hf_fda.methods()`) or a config object.
+        output: the folder to write. It must be new, empty, or of an earlier merge.
+        as_adapter: write a PEFT adapter instead of a full checkpoint.
+        data: examples by task name, for methods that look at data.
+        device: "auto" (Accelerate's choice) or a torch device.
+        dtype: type of the written weights: "float32", "bfloat16", "float16", "float64", or "auto" for the base's.
+            The computation is in float32, or float64 where a method works entry by entry.
+        seed: of everything random.
+        anchors: anchors constructed earlier, by the name of a source that is given as weights.
+        heads: "keep" each source's task head beside the merged body, or "merge" heads of one task into one.
+        max_shard_bytes: size of a weight file.
+        trust_remote_code: run model code that comes with the checkpoints.
+        options: fields of the method's config.
+
+    Raises:
+        InputError: naming the argument, source or tensor that cannot be used, and the way out.
+    """
+    config = resolve_method(method, options)
+    if as_adapter or data is not None:
+        name = "as_adapter=True" if as_adapter else "data"
+        raise InputError(f"{name}: method '{config.name}' merges full checkpoints from weights alone; leave it out")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype '{dtype}': {nearest(str(dtype), ['auto', *DTYPES])}")
+    if heads not in ("keep", "merge"):
+        raise InputError(f"heads '{heads}': {nearest(str(heads), ['keep', 'merge'])}")
+    folder = _check_output(output)
+    chosen = resolve_device(device)
+    inputs = open_inputs(base, sources, anchors, trust_remote_code)
+    config = _complete(config, inputs)
+    units = _units(config, inputs)
+    result = decide(inputs, config, units, cast(Heads, heads))
+    out_dtype = DTYPES.get(dtype)
+    shards = plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
+    return Plan(
+        inputs=inputs,
+        config=config,
+        output=folder,
+        result=result,
+        units=units,
+        shards=shards,
+        dtype=out_dtype,
+        device=chosen,
+        seed=int(seed),
+        heads=cast(Heads, heads),
+        arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes, anchors),
+        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result),
+        disk_bytes=disk_bytes(inputs, config, units, shards),
+        notes=tuple(_notes(inputs, config, result)),
+    )
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a merge that the output's disk cannot hold.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    where = plan.output.absolute()
+    while not where.exists():
+        where = where.parent
+    present = sum(path.stat().st_size for path in plan.output.rglob("*") if path.is_file())
+    free = shutil.disk_usage(where).free
+    if free < plan.disk_bytes - present:
+        raise InputError(
+            f"output '{plan.output}': no space left for it: about {_size(plan.disk_bytes - present)} are needed and "
+            f"{_size(free)} free; make room or choose another output"
+        )
+
+
+def _check_output(output: str | os.PathLike[str]) -> Path:
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output '{folder}' is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / WORK).is_dir():
+        raise InputError(f"output '{folder}' holds something else; choose a new or empty folder")
+    return folder
+
+
+def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
+    """The config with the weights in the order of the sources and every open option filled in."""
+    names = [source.name for source in inputs.sources]
+    without = [source.name for source in inputs.sources if source.weights is None]
+    if not isinstance(config, FDAConfig):
+        if without:
+            raise InputError(f"source '{without[0]}' is anchors only; method '{config.name}' needs its weights")
+        return with_source_names(config, names)
+    for role in ("initial", "rest"):
+        if without and getattr(config, role) != "base":
+            raise InputError(f"source '{without[0]}' is anchors only; {role} must then be 'base', or give its weights")
+    config = config.with_sources(names)
+    size = inputs.base.config.get_text_config().hidden_size
+    return _agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), int(size))
+
+
+def _agree_with_anchors(config: FDAConfig, inputs: Inputs) -> FDAConfig:
+    """Take units and tokens from given anchors; refuse anchors that contradict the options or each other."""
+    for source in inputs.sources:
+        if source.anchors is None:
+            continue
+        for name in ("unit", "num_tokens"):
+            theirs = source.anchors.info.config.get(name)
+            theirs = tuple(theirs) if isinstance(theirs, list) else theirs
+            mine = getattr(config, name)
+            if mine is None and theirs is not None:
+                config = FDAConfig(**{**config.__dict__, name: theirs})
+            elif mine != theirs and theirs is not None:
+                raise InputError(
+                    f"anchors of '{source.name}' were constructed with {name}={theirs}, here it is {mine}; "
+                    "use the same for all"
+                )
+    return config
+
+
+def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:
+    if not isinstance(config, FDAConfig):
+        return ()
+    units = find_units(inputs.base.layout, config.unit or ("block",))
+    for source in inputs.sources:
+        missing = [unit.name for unit in units if source.anchors is not None and unit.name not in source.anchors]
+        if missing:
+            raise InputError(
+                f"anchors of '{source.name}' ({source.id}) have none for block '{missing[0]}'; "
+                "they were constructed on another base"
+            )
+    return tuple(unit for unit in units if _covered(unit, inputs))
+
+
+def _covered(unit: Unit, inputs: Inputs) -> bool:
+    """Whether some source has the unit (a vision fine-tune of a CLIP lacks the text tower)."""
+    return any(
+        source.weights is None or all(name in source.weights.tensor_of for name in unit.tensors)
+        for source in inputs.sources
+    )
+
+
+def _groups(
+    inputs: Inputs, result: Output, dtype: torch.dtype | None
+) -> list[tuple[tuple[str, ...], dict[str, TensorSpec]]]:
+    """Groups of output tensors with what they become on disk, from meta tensors."""
+    groups = []
+    for names in result.layout.save_groups(result.recipes):
+        meta = {
+            name: torch.empty(result.layout.shapes[name], dtype=out_dtype(inputs, result, name, dtype), device="meta")
+            for name in names
+        }
+        on_disk = result.layout.to_disk(meta)
+        groups.append((names, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in on_disk.items()}))
+    return groups
+
+
+def out_dtype(inputs: Inputs, result: Output, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The type an output tensor is written in: whole numbers keep theirs."""
+    own = result.base_names.get(name)
+    stored = inputs.base.dtype(own) if own is not None else inputs.weighted[0].checkpoint.dtype(name)
+    return dtype if dtype is not None and stored.is_floating_point else stored
+
+
+def _record(
+    inputs: Inputs,
+    config: MethodConfig,
+    dtype: str,
+    seed: int,
+    heads: str,
+    max_shard_bytes: int,
+    anchors: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The merge as plain values: the content of `merge_config.yaml`."""
+    record: dict[str, Any] = {
+        "base": pinned(inputs.base.id, inputs.base.commit),
+        "sources": {
+            source.name: pinned(source.id, source.weights.checkpoint.commit if source.weights else None)
+            for source in inputs.sources
+        },
+        "method": config.name,
+        "options": {name: value for name, value in config.options().items() if value is not None},
+        "dtype": dtype,
+        "seed": int(seed),
+        "heads": heads,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    if anchors:
+        record["anchors"] = {name: str(value) for name, value in anchors.items()}
+    return record
+
+
+def pinned(id: str, commit: str | None) -> str:
+    """A Hub id with the commit that was used; a folder as it was given."""
+    return f"{id.partition('@')[0]}@{commit}" if commit else id
+
+
+def _notes(inputs: Inputs, config: MethodConfig, result: Output) -> list[str]:
+    notes = []
+    for source in inputs.weighted:
+        if source.checkpoint.unexpected:
+            notes.append(f"source '{source.name}': {len(source.checkpoint.unexpected)} tensors unknown to its class")
+        absent = [name for name in source.absent if name in result.recipes and result.recipes[name].rule == "method"]
+        if absent:
+            notes.append(f"source '{source.name}' lacks {len(absent)} tensors; they count as the base's for it")
+    if inputs.base.unexpected:
+        notes.append(f"base: {len(inputs.base.unexpected)} tensors unknown to its class are left out")
+    if result.layout is not inputs.base.layout:
+        notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
+    if isinstance(config, FDAConfig) and config.rest == "base":
+        notes.append("what lies before the blocks is the base's (rest=base)")
+    return notes
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        options = [f"{name}={item}" for name, item in value.items() if name != "method" and item is not None]
+        return f"{value.get('method')}({', '.join(options)})"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _size(count: int) -> str:
+    """Bytes for reading."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def largest_tensor(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Entries of the largest tensor."""
+    return max((prod(shape) for shape in shapes.values()), default=0)

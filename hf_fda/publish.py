@@ -1,0 +1,156 @@
+"""The last step of a merge: heads, tokenizer, configuration and card, then everything put in its place at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from hf_fda.cards import model_card
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.location import INDEX
+from hf_fda.checkpoint.writer import save_tensors, shard_index
+from hf_fda.heads import TaskHead
+from hf_fda.planning import Plan
+from hf_fda.store import WORK, Store
+
+PROCESSORS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+"""Files beside the weights that a merged model takes over from its base."""
+
+
+def publish(plan: Plan, store: Store) -> None:
+    """Move finished weight files into place and write everything around them; `config.json` comes last.
+
+    Until it is there no library takes the folder for a model, so an interruption leaves nothing that looks finished.
+    """
+    folder = plan.output
+    weights = {sha_name: store.work / "staged" / sha_name for sha_name in (shard.file for shard in plan.shards)}
+    if any(path.exists() for path in weights.values()):
+        (folder / "config.json").unlink(missing_ok=True)
+    for name, staged in weights.items():
+        if staged.exists():
+            store.move(f"{WORK}/staged/{name}", name)
+    _remove_stale(plan, store)
+    if len(plan.shards) > 1:
+        store.write_text(INDEX, shard_index(plan.shards))
+    for source in plan.inputs.weighted:
+        for head in plan.result.heads:
+            if head.task == source.name:
+                _write_head(store, source, head)
+    _copy_processors(plan)
+    config = _output_config(plan)
+    store.write_text("merge_config.yaml", merge_yaml(plan))
+    store.write_text("README.md", model_card(plan.arguments, card_facts(plan)))
+    store.write_text("config.json", config)
+    shutil.rmtree(store.work / "staged", ignore_errors=True)
+    shutil.rmtree(store.work / "blocks", ignore_errors=True)
+    shutil.rmtree(store.work / "partial", ignore_errors=True)
+    shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
+
+
+def merge_yaml(plan: Plan) -> str:
+    """The text of `merge_config.yaml`: `hf-fda merge merge_config.yaml --output DIR` makes the same model again."""
+    return yaml.safe_dump(plan.arguments, sort_keys=False, allow_unicode=True)
+
+
+def card_facts(plan: Plan) -> dict[str, object]:
+    """What the card states beside the arguments: recorded facts only."""
+    locations = {"base": plan.inputs.base, **{source.name: source.checkpoint for source in plan.inputs.weighted}}
+    return {
+        "model_class": plan.result.layout.model_class.__name__,
+        "model_type": plan.result.layout.config.model_type,
+        "heads": [head.task for head in plan.result.heads],
+        "summary": plan.config.summary,
+        "paper": plan.config.paper,
+        "notes": list(plan.notes),
+        "licences": {name: _licence(checkpoint.location) for name, checkpoint in locations.items()},
+        "anchors": [source.name for source in plan.inputs.sources if plan.units and source.anchors is None],
+    }
+
+
+def _licence(location: object) -> str:
+    """The licence that a checkpoint's own card states, or "unknown"."""
+    from hf_fda.checkpoint.location import Location
+
+    if not isinstance(location, Location) or "README.md" not in location.names:
+        return "unknown"
+    text = location.path("README.md").read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return "unknown"
+    try:
+        metadata = yaml.safe_load(text.split("---", 2)[1])
+    except yaml.YAMLError:
+        return "unknown"
+    licence = metadata.get("license") if isinstance(metadata, dict) else None
+    return licence if isinstance(licence, str) else "unknown"
+
+
+def _output_config(plan: Plan) -> str:
+    config = copy.deepcopy(plan.result.layout.config)
+    config.architectures = [plan.result.layout.model_class.__name__]
+    facts = json.loads(config.to_json_string(use_diff=True))
+    facts.pop("_name_or_path", None)
+    if plan.dtype is not None:
+        facts["dtype"] = str(plan.dtype).removeprefix("torch.")
+    return json.dumps(facts, indent=2, sort_keys=True) + "\n"
+
+
+def _write_head(store: Store, source: AlignedSource, head: TaskHead) -> None:
+    """Write a task's own tensors, in the layout of its own checkpoint, with its own configuration."""
+    layout = source.checkpoint.layout
+    tensors = layout.to_disk({name: source.checkpoint.read(name) for name in head.tensors})
+    folder = f"task_heads/{head.task}"
+    store.write(f"{folder}/model.safetensors", "head", lambda path: save_tensors(path, tensors))
+    config = copy.deepcopy(layout.config)
+    config.architectures = [layout.model_class.__name__]
+    facts = json.loads(config.to_json_string(use_diff=True))
+    facts.pop("_name_or_path", None)
+    store.write_text(f"{folder}/config.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_processors(plan: Plan) -> None:
+    location = plan.inputs.base.location
+    if location is None:
+        return
+    for name in PROCESSORS:
+        if name in location.names:
+            partial = plan.output / WORK / "partial" / name
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(location.path(name), partial)
+            os.replace(partial, plan.output / name)
+
+
+def _remove_stale(plan: Plan, store: Store) -> None:
+    """Remove weight files and heads of an earlier merge in this folder that this one does not have."""
+    files = {shard.file for shard in plan.shards}
+    for path in plan.output.glob("model*.safetensors"):
+        if path.name not in files:
+            store.remove(path.name)
+    if len(plan.shards) == 1:
+        (plan.output / INDEX).unlink(missing_ok=True)
+    heads = {head.task for head in plan.result.heads}
+    for folder in (plan.output / "task_heads").glob("*"):
+        if folder.name not in heads:
+            store.remove(str(Path("task_heads") / folder.name))

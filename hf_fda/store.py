@@ -1,0 +1,131 @@
+"""Files that are either finished or not there, and the record of what each was made from.
+
+A finished file is written under a temporary name, flushed, renamed into place and only then recorded: with the key
+of everything that determines it and the hash of its bytes. Work that was interrupted leaves files that are not
+recorded, and goes on with the first one that is missing, damaged, or was made from something else.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_fda.errors import RunError
+
+WORK = ".cache/huggingface/hf_fda"
+"""Where records and work in progress lie inside an output folder; uploads to the Hub leave this folder out."""
+
+
+def key_of(*facts: Any) -> str:
+    """A hash of plain values (numbers, strings, lists, mappings) that determine a file."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Store:
+    """The files of one output folder.
+
+    Args:
+        folder: the output folder; made when something is first written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / WORK
+
+    def finished(self, name: str, key: str) -> bool:
+        """Whether file `name` is there, undamaged, and was made from what `key` stands for."""
+        path, record = self.folder / name, self._record(name)
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if known.get("key") != key or not path.is_file() or path.stat().st_size != known.get("size"):
+            return False
+        return digest(path) == known.get("sha256")
+
+    def write(self, name: str, key: str, writer: Callable[[Path], None]) -> Path:
+        """Make one file: `writer` fills a temporary file, which then takes its name and is recorded.
+
+        Raises:
+            RunError: when the disk is full or cannot be written.
+        """
+        path, record = self.folder / name, self._record(name)
+        temporary = self.work / "partial" / (name.replace("/", "__") + ".partial")
+        with self._disk_errors(path):
+            for parent in (path.parent, record.parent, temporary.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            record.unlink(missing_ok=True)
+            writer(temporary)
+            facts = {"key": key, "size": temporary.stat().st_size, "sha256": digest(temporary)}
+            _flush(temporary)
+            os.replace(temporary, path)
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(facts), encoding="utf-8")
+            os.replace(partial, record)
+        return path
+
+    def move(self, name: str, target: str) -> None:
+        """Move a finished file with its record; interrupted anywhere, one of the two names stays finished."""
+        source, destination = self.folder / name, self.folder / target
+        with self._disk_errors(destination):
+            record = self._record(target)
+            for parent in (destination.parent, record.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._record(name), record)
+            os.replace(source, destination)
+            self._record(name).unlink()
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Make one text file, whole or not at all; it is not recorded."""
+        path = self.folder / name
+        temporary = self.work / "partial" / (name.replace("/", "__") + ".partial")
+        with self._disk_errors(path):
+            for parent in (path.parent, temporary.parent):
+                parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        return path
+
+    def remove(self, name: str) -> None:
+        """Remove a file or folder of the store, and its record."""
+        path = self.folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+            shutil.rmtree(self.work / "records" / name, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+            self._record(name).unlink(missing_ok=True)
+
+    def _record(self, name: str) -> Path:
+        return self.work / "records" / f"{name}.json"
+
+    @contextmanager
+    def _disk_errors(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
+                raise RunError(
+                    f"{path}: no space left on the disk ({free / 1e9:.1f} GB free); make room and run the same "
+                    "command again: it goes on from here"
+                ) from None
+            raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,72 @@
+"""Pure functions on tensors that several merge methods share. Nothing here knows about models or files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def weighted(tensors: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
+    """Each tensor times its own weight; the tensors themselves when there are no weights.
+
+    Args:
+        tensors: K tensors of one shape.
+        weights: K factors, or None for all ones.
+    """
+    if weights is None:
+        return list(tensors)
+    return [tensor * weight for tensor, weight in zip(tensors, weights, strict=True)]
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of K tensors of one shape, added in order without stacking them."""
+    result = tensors[0].clone()
+    for tensor in tensors[1:]:
+        result += tensor
+    return result
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean of K tensors of one shape."""
+    return total(tensors) / len(tensors)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition ``matrix = U diag(S) Vh``.
+
+    Args:
+        matrix: (d_out, d_in).
+
+    Returns:
+        U (d_out, r), S (r,) in falling order, Vh (r, d_in), with r = min(d_out, d_in).
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh
+
+
+def nearest_orthonormal(matrix: Tensor) -> Tensor:
+    """The matrix with orthonormal columns (rows, if it is wide) nearest in the Frobenius norm.
+
+    The orthogonal Procrustes solution: from the SVD ``P diag(S) Qh`` it is ``P Qh``.
+
+    Args:
+        matrix: (m, n).
+    """
+    p, _, qh = svd(matrix)
+    return p @ qh
+
+
+def pseudo_inverse_right(left: Tensor, gram: Tensor, tolerance: float = 1e-6) -> Tensor:
+    """``left @ gram^+`` for a symmetric positive semi-definite `gram`, by one eigendecomposition.
+
+    Args:
+        left: (d_out, d).
+        gram: (d, d), symmetric positive semi-definite.
+        tolerance: eigenvalues below this fraction of the largest count as zero.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    keep = values > tolerance * values[-1].clamp_min(0)
+    inverse = torch.where(keep, 1 / torch.where(keep, values, torch.ones_like(values)), 0)
+    return ((left @ vectors) * inverse) @ vectors.mT

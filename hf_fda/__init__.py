@@ -13,9 +13,9 @@ from hf_fda.version import __version__
 if TYPE_CHECKING:
     from hf_fda.anchors import FunctionalDualAnchors
     from hf_fda.errors import HFFDAError, InputError, RunError
+    from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
     from hf_fda.merged import Merged, load, push
     from hf_fda.merging import merge
-    from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
     from hf_fda.planning import Plan, plan
 
 _PLACES = {

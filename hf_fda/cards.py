@@ -97,9 +97,15 @@ def output_licence(licences: Mapping[str, str]) -> tuple[str | None, str]:
         return None, "Licence: unknown; none of the models' cards states one."
     if "unknown" in known:
         silent = ", ".join(name for name, value in licences.items() if value == "unknown")
-        return None, f"Licence: unknown; the cards of {silent} state none. The others: {_listed(known - {'unknown'})}."
+        return (
+            None,
+            f"Licence: unknown; the cards of {silent} state none. The others: {_listed(known - {'unknown'})}.",
+        )
     if len(known) > 1:
-        return None, f"Licence: the models' licences differ ({_listed(known)}); all of them apply to what is merged."
+        return (
+            None,
+            f"Licence: the models' licences differ ({_listed(known)}); all of them apply to what is merged.",
+        )
     (only,) = known
     return only, f"Licence: {only}, as stated by every model's own card."
 
@@ -113,7 +119,9 @@ def hub_name(id: str) -> str | None:
 def _render(template: str, metadata: Mapping[str, Any], **values: Any) -> str:
     text = _environment().get_template(template)
     made_with = versions()
-    line = f"Made with hf_fda {made_with['hf_fda']}, torch {made_with['torch']}, transformers {made_with['transformers']}."
+    line = (
+        f"Made with hf_fda {made_with['hf_fda']}, torch {made_with['torch']}, transformers {made_with['transformers']}."
+    )
     dumped = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True).strip()
     return text.render(metadata=dumped, versions_line=line, **values)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hf_fda.anchors import AnchorBuilder, AnchorsInfo, FunctionalDualAnchors, adapt_unit, unit_generator
-from hf_fda.anchors.container import MANIFEST, provenance, read_unit, unit_file, write_frame, write_unit
+from hf_fda.anchors import AnchorBuilder, adapt_unit, unit_generator
+from hf_fda.anchors.files import Construction, read_unit, unit_file
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.header import read_header, read_tensor
-from hf_fda.checkpoint.layout import Role
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard, save_tensors
 from hf_fda.errors import RunError
 from hf_fda.inputs import Source
@@ -23,6 +22,7 @@ from hf_fda.planning import Plan, check_disk, out_dtype
 from hf_fda.progress import Progress, logger
 from hf_fda.publish import publish
 from hf_fda.store import WORK, Store, key_of
+from hf_fda.tensorwise import PART, apply_method, by_entry
 from hf_fda.version import versions
 
 STAGED = f"{WORK}/staged"
@@ -44,11 +44,8 @@ def run(plan: Plan, quiet: bool = False) -> Path:
         RunError: when the work fails on the way; the same call goes on from there.
     """
     check_disk(plan)
-    engine = Engine(plan, Progress(len(plan.constructions) + len(plan.units) + len(plan.shards), quiet))
-    try:
-        engine.merge()
-    finally:
-        engine.progress.close()
+    with Progress(len(plan.constructions) + len(plan.units) + len(plan.shards), quiet) as progress:
+        Engine(plan, progress).merge()
     return plan.output
 
 
@@ -71,11 +68,11 @@ class Engine:
         for unit in self.plan.units:
             for source in self.plan.inputs.sources:
                 if source.anchors is None:
-                    self._construct(source, unit)
+                    self._construction(source).construct(unit, self.progress)
             self._adapt(unit)
         for source in self.plan.inputs.sources:
             if source.anchors is None and self.plan.units:
-                self._frame_anchors(source)
+                self._construction(source).frame(self.plan.units)
         for shard in self.plan.shards:
             self._assemble(shard)
         publish(self.plan, self.store)
@@ -94,28 +91,16 @@ class Engine:
         named = {source.name: source.checkpoint.fingerprint() for source in self.plan.inputs.weighted}
         return {"": self.base.fingerprint(), **named}
 
-    def _construct(self, source: Source, unit: Unit) -> None:
-        """Make the anchors of one unit for one source, unless they are there."""
-        name, key = f"anchors/{source.name}/{unit_file(unit.name)}", self._anchors_key(source, unit)
-        what = f"{source.name} {unit.name}"
-        if not self.store.finished(name, key):
-            assert source.weights is not None
-            self.progress.now(f"construct {what}")
-            anchors = self.builder.build(
-                source.weights, unit, lambda step, loss: self.progress.now(f"construct {what}", loss)
-            )
-            if anchors.left_out:
-                logger.debug("%s: no gradient or no task vector for %s", what, ", ".join(anchors.left_out))
-            self.store.write(name, key, lambda path: write_unit(path, anchors))
-        self.progress.finish(what)
+    def _construction(self, source: Source) -> Construction:
+        """What makes one source's anchors in the output folder."""
+        assert source.weights is not None
+        prints = (self.fingerprints[""], self.fingerprints[source.name])
+        return Construction(self.store, f"anchors/{source.name}/", self.builder, source.weights, prints)
 
     def _anchors_key(self, source: Source, unit: Unit) -> str:
         if source.anchors is not None:
             return key_of("given", source.anchors.digest(unit.name))
-        assert isinstance(self.plan.config, FDAConfig)
-        prints = self.fingerprints
-        options = self.plan.config.construction()
-        return key_of("anchors", unit.name, options, prints[""], prints[source.name], self.plan.seed, versions())
+        return self._construction(source).key(unit)
 
     def _anchors_of(self, source: Source, unit: Unit) -> tuple[Tensor, Tensor]:
         """Anchors and targets of one unit for one source, on the device."""
@@ -124,22 +109,6 @@ class Engine:
         else:
             found = read_unit(self.plan.output / "anchors" / source.name / unit_file(unit.name))
         return found.anchors.to(self.plan.device), found.targets.to(self.plan.device)
-
-    def _frame_anchors(self, source: Source) -> None:
-        """Write what surrounds the blocks of a source's anchors, when they are complete."""
-        assert isinstance(self.plan.config, FDAConfig) and source.weights is not None
-        info = AnchorsInfo(
-            tuple(unit.name for unit in self.plan.units),
-            self.plan.config.construction(),
-            provenance(self.base),
-            provenance(source.weights.checkpoint),
-            self.plan.seed,
-        )
-        folder = self.plan.output / "anchors" / source.name
-        manifest = folder / MANIFEST
-        if not manifest.is_file() or manifest.read_text(encoding="utf-8") != info.to_json():
-            manifest.unlink(missing_ok=True)
-        write_frame(folder, info)
 
     # -- adaptation ------------------------------------------------------------------------------------------------
 
@@ -190,17 +159,19 @@ class Engine:
         tasks: list[dict[str, Tensor]] = [{} for _ in range(len(self.plan.inputs.weighted) if own else 1)]
         for path, parameter in module.named_parameters():
             name = f"{unit.name}.{path}"
-            base, sources = self._tensors(name, torch.float32)
-            merged = apply_method(config.initial, base, sources, self.base.layout.roles[name])
+            base, theirs = self._tensors(name, torch.float32)
+            merged = apply_method(config.initial, base, theirs, self.base.layout.roles[name])
             parameter.data = (base + merged).contiguous()
-            for held, task in zip(tasks, sources if own else [merged], strict=True):
+            for held, task in zip(tasks, theirs if own else [merged], strict=True):
                 held[path] = task
         return tasks
 
     def _unit_key(self, unit: Unit) -> str:
         config = self.plan.config
         anchors = [self._anchors_key(source, unit) for source in self.plan.inputs.sources]
-        start = self.fingerprints if isinstance(config, FDAConfig) and config.initial != "base" else self.fingerprints[""]
+        start = (
+            self.fingerprints if isinstance(config, FDAConfig) and config.initial != "base" else self.fingerprints[""]
+        )
         return key_of("unit", unit.name, config.options(), anchors, start, self.plan.seed, versions())
 
     # -- assembly --------------------------------------------------------------------------------------------------
@@ -225,7 +196,12 @@ class Engine:
         units = {unit.name: self._unit_key(unit) for unit in self.plan.units if unit.name in self._units_in(shard)}
         recipes = self.plan.result.recipes
         rules = [
-            (name, recipe.rule, recipe.config.options() if recipe.config else None, recipe.config and recipe.config.name)
+            (
+                name,
+                recipe.rule,
+                recipe.config.options() if recipe.config else None,
+                recipe.config and recipe.config.name,
+            )
             for group in shard.groups
             for name in group
             for recipe in [recipes[name]]
@@ -259,55 +235,47 @@ class Engine:
         """
         recipe = self.plan.result.recipes[name]
         if recipe.rule == "unit":
-            own = self.plan.result.base_names[name]
             path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
-            return read_tensor(path, read_header(path)[own])
+            return read_tensor(path, read_header(path)[self.plan.result.base_names[name]])
         if recipe.rule == "base":
             return self.base.read(self.plan.result.base_names[name])
         assert recipe.config is not None
-        work = torch.float64 if recipe.config.elementwise and self.plan.device.type != "mps" else torch.float32
-        if recipe.rule == "soup":
-            tensors = [source.checkpoint.read(name).to(self.plan.device, work) for source in self.plan.inputs.weighted]
-            return recipe.config.merge(torch.zeros_like(tensors[0]), tensors).cpu()
-        base, tasks = self._tensors(self.plan.result.base_names[name], work)
-        if not base.is_floating_point() or not tasks:
-            return base.cpu()
-        role = self.base.layout.roles[self.plan.result.base_names[name]]
-        merged = base + apply_method(recipe.config, base, tasks, role)
-        if not bool(merged.isfinite().all()):
+        own = self.plan.result.base_names.get(name)
+        merged = self._soup(name, recipe.config) if own is None else self._by_method(own, recipe.config)
+        if merged.is_floating_point() and not bool(merged.isfinite().all()):
             raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
-        return merged.cpu()
+        return merged
 
-    def _tensors(self, name: str, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """The base's tensor and the sources' task tensors in type `work` on the device (whole numbers as they are)."""
-        base = self.base.read(name)
-        if not base.is_floating_point():
-            return base, []
-        base = base.to(self.plan.device, work)
-        return base, [self._task(source, name, base) for source in self.plan.inputs.weighted]
+    def _soup(self, name: str, config: MethodConfig) -> Tensor:
+        """The mean of a tensor that the base does not have, by the sources' own name."""
+        tensors = [source.checkpoint.read(name).double() for source in self.plan.inputs.weighted]
+        return config.merge(torch.zeros_like(tensors[0]), tensors)
 
-    def _task(self, source: AlignedSource, name: str, base: Tensor) -> Tensor:
+    def _by_method(self, name: str, config: MethodConfig) -> Tensor:
+        """One of the base's tensors merged by a parameter-space method, on the CPU.
+
+        Where entries do not depend on each other, a large tensor is read and merged in parts of bounded size.
+        """
+        if not self.base.dtype(name).is_floating_point:
+            return self.base.read(name)
+        role, shape = self.base.layout.roles[name], self.base.shape(name)
+        if not by_entry(config, role):
+            base, tasks = self._tensors(name, torch.float32)
+            return (base + apply_method(config, base, tasks, role)).cpu()
+        exact = torch.float32 if self.plan.device.type == "mps" else torch.float64
+        merged = torch.empty(prod(shape), dtype=self.plan.dtype or self.base.dtype(name))
+        for start in range(0, len(merged), PART):
+            part = slice(start, min(start + PART, len(merged)))
+            base, tasks = self._tensors(name, exact, part)
+            merged[part] = base.add_(config.merge(base, tasks))
+        return merged.view(shape)
+
+    def _tensors(self, name: str, work: torch.dtype, part: slice | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The base's tensor and the sources' task tensors in type `work` on the device."""
+        base = self.base.read(name, part).to(self.plan.device, work)
+        return base, [self._task(source, name, base, part) for source in self.plan.inputs.weighted]
+
+    def _task(self, source: AlignedSource, name: str, base: Tensor, part: slice | None) -> Tensor:
         if name not in source.tensor_of:
             return torch.zeros_like(base)
-        return source.read(name).to(base.device, base.dtype).sub_(base)
-
-
-def apply_method(config: MethodConfig, base: Tensor, tasks: list[Tensor], role: Role) -> Tensor:
-    """A method's merged task tensor for one model tensor, handed over the way matrix methods mean it.
-
-    A linear weight goes as (d_out, d_in), a transposed one is turned, a stack of weights goes one by one, and what is
-    no linear weight (a lookup table, a bias, a convolution) goes flat, so that no spectrum is made of it.
-    """
-    if config.elementwise or role == "linear":
-        return config.merge(base, tasks)
-    if role == "conv1d":
-        return config.merge(base.mT, [task.mT for task in tasks]).mT
-    if role == "stack":
-        return torch.stack([config.merge(base[i], [task[i] for task in tasks]) for i in range(len(base))])
-    return config.merge(base.flatten(), [task.flatten() for task in tasks]).view_as(base)
-
-
-def load_anchors(folder: Path) -> Mapping[str, FunctionalDualAnchors]:
-    """The anchors that a merge left in its folder, by task name."""
-    found = sorted((folder / "anchors").glob(f"*/{MANIFEST}"))
-    return {path.parent.name: FunctionalDualAnchors.from_pretrained(path.parent) for path in found}
+        return source.read(name, part).to(base.device, base.dtype).sub_(base)

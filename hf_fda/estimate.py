@@ -10,6 +10,7 @@ from hf_fda.checkpoint.writer import Shard
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.recipes import Output
+from hf_fda.tensorwise import PART, by_entry
 
 
 def peak_memory_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output) -> int:
@@ -27,11 +28,10 @@ def _tensor_stage(inputs: Inputs, result: Output) -> int:
     need = 0
     for name, recipe in result.recipes.items():
         entries = prod(result.layout.shapes[name])
-        if recipe.rule == "method" and recipe.config is not None:
-            exact = recipe.config.elementwise
-            need = max(need, entries * (8 * (count + 3) if exact else 4 * (2 * count + 5)))
+        if recipe.config is None or by_entry(recipe.config, result.layout.roles[name]):
+            need = max(need, entries * 8 + min(entries, PART) * 8 * (count + 3))
         else:
-            need = max(need, entries * 12)
+            need = max(need, entries * 4 * (2 * count + 5))
     return need
 
 

@@ -1,4 +1,4 @@
-"""Task heads: what follows a source's last block is the task's own, kept beside the merged body and put back on load."""
+"""Task heads: what follows a source's last block is the task's own, kept beside the merged body."""
 
 from __future__ import annotations
 

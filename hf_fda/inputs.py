@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_fda.anchors.container import MANIFEST, FunctionalDualAnchors
+from hf_fda.anchors.container import FunctionalDualAnchors
+from hf_fda.anchors.files import MANIFEST
 from hf_fda.blocks import find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
 from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint, open_checkpoint
@@ -107,9 +108,7 @@ def _check_complete(base: OpenCheckpoint, source: AlignedSource) -> None:
     for block in find_blocks(base.layout.model):
         towers.setdefault(block.rpartition(".")[0], []).append(f"{block}.")
     present = [
-        tuple(blocks)
-        for blocks in towers.values()
-        if any(name.startswith(tuple(blocks)) for name in source.tensor_of)
+        tuple(blocks) for blocks in towers.values() if any(name.startswith(tuple(blocks)) for name in source.tensor_of)
     ]
     if len(present) == len(towers):
         lacking = [name for name in source.absent if where[name] != "after"]

@@ -36,7 +36,12 @@ class Merged:
         return load(self.folder, task, **kwargs)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
     ) -> str:
         """Upload the folder as a Hub model.
 
@@ -80,9 +85,9 @@ def load(
     if task is None:
         config = _config(location, "config.json", trust_remote_code)
         where = str(location.folder or location.repo_id)
-        return model_class_of(config, where, trust_remote_code).from_pretrained(
-            where, revision=location.commit if location.folder is None else None, config=config, **kwargs
-        )
+        if location.folder is None:
+            kwargs["revision"] = location.commit
+        return model_class_of(config, where, trust_remote_code).from_pretrained(where, config=config, **kwargs)
     known = tasks_of(location)
     if task not in known:
         listed = nearest(task, known) if known else "it has no task heads; leave the task out."
@@ -147,9 +152,8 @@ def _with_head(location: Location, task: str, trust_remote_code: bool, kwargs: d
     state = {**_tensors([location.path(name) for name in location.weight_files()]), **own}
     state, kwargs = _for_class(state, own, model_class, config), dict(kwargs)
     kwargs.setdefault("dtype", json.loads(location.path("config.json").read_text()).get("dtype", "auto"))
-    model, report = model_class.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True, **kwargs
-    )
+    loaded: Any = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **kwargs)
+    model, report = loaded
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise InputError(f"{location.id}: body and head of task '{task}' lack {missing}; the folder is incomplete")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES
 from hf_fda.engine import run
-from hf_fda.merged import Merged
 from hf_fda.merge_methods import MethodConfig
+from hf_fda.merged import Merged
 from hf_fda.planning import plan
 
 if TYPE_CHECKING:

@@ -20,9 +20,14 @@ from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.inputs import Inputs, Source, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.recipes import Heads, Output, decide
-from hf_fda.store import WORK
+from hf_fda.store import new_folder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def plan(
         raise InputError(f"dtype '{dtype}': {nearest(str(dtype), ['auto', *DTYPES])}")
     if heads not in ("keep", "merge"):
         raise InputError(f"heads '{heads}': {nearest(str(heads), ['keep', 'merge'])}")
-    folder = _check_output(output)
+    folder = new_folder(output)
     chosen = resolve_device(device)
     inputs = open_inputs(base, sources, anchors, trust_remote_code)
     config = _complete(config, inputs)
@@ -184,15 +189,6 @@ def check_disk(plan: Plan) -> None:
             f"output '{plan.output}': no space left for it: about {_size(plan.disk_bytes - present)} are needed and "
             f"{_size(free)} free; make room or choose another output"
         )
-
-
-def _check_output(output: str | os.PathLike[str]) -> Path:
-    folder = Path(output).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output '{folder}' is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / WORK).is_dir():
-        raise InputError(f"output '{folder}' holds something else; choose a new or empty folder")
-    return folder
 
 
 def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:

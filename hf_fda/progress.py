@@ -44,7 +44,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(1)
 
-    def close(self) -> None:
-        """Take the bar away."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()

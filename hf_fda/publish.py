@@ -77,7 +77,10 @@ def merge_yaml(plan: Plan) -> str:
 
 def card_facts(plan: Plan) -> dict[str, object]:
     """What the card states beside the arguments: recorded facts only."""
-    locations = {"base": plan.inputs.base, **{source.name: source.checkpoint for source in plan.inputs.weighted}}
+    locations = {
+        "base": plan.inputs.base,
+        **{source.name: source.checkpoint for source in plan.inputs.weighted},
+    }
     return {
         "model_class": plan.result.layout.model_class.__name__,
         "model_type": plan.result.layout.config.model_type,

@@ -17,10 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_fda.errors import RunError
+from hf_fda.errors import InputError, RunError
 
 WORK = ".cache/huggingface/hf_fda"
 """Where records and work in progress lie inside an output folder; uploads to the Hub leave this folder out."""
+
+
+def new_folder(output: str | os.PathLike[str]) -> Path:
+    """An output folder that may be written: new, empty, or of earlier work of ours.
+
+    Raises:
+        InputError: when it is a file or holds something else.
+    """
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output '{folder}' is a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / WORK).is_dir():
+        raise InputError(f"output '{folder}' holds something else; choose a new or empty folder")
+    return folder
 
 
 def key_of(*facts: Any) -> str:

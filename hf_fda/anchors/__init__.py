@@ -3,7 +3,8 @@
 from hf_fda.anchors.adaptation import Adapted, CoefficientAdam, adapt_unit
 from hf_fda.anchors.builder import AnchorBuilder, unit_generator
 from hf_fda.anchors.construction import UnitAnchors, construct_unit
-from hf_fda.anchors.container import AnchorsInfo, FunctionalDualAnchors
+from hf_fda.anchors.container import FunctionalDualAnchors
+from hf_fda.anchors.files import AnchorsInfo
 
 __all__ = [
     "Adapted",

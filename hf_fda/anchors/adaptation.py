@@ -1,4 +1,4 @@
-"""Adaptation: moving a unit's merged parameters until its outputs on all anchors match the sources' (FDA, Section 3.4)."""
+"""Adaptation: moving a unit's parameters until its outputs on all anchors match the sources' (FDA, Section 3.4)."""
 
 from __future__ import annotations
 

@@ -47,7 +47,10 @@ class AnchorBuilder:
         return make_unit(self.base.layout, unit, tensors, self.device)
 
     def build(
-        self, source: AlignedSource, unit: Unit, report: Callable[[int, float], None] = lambda step, loss: None
+        self,
+        source: AlignedSource,
+        unit: Unit,
+        report: Callable[[int, float], None] = lambda step, loss: None,
     ) -> UnitAnchors:
         """Construct the anchors of one unit for one source.
 
@@ -91,7 +94,7 @@ def linear_weights(layout: ModelLayout, unit: Unit, module: nn.Module) -> list[T
     """The linear weights of a unit's module, each (d_out, d_in), whatever way they are stored."""
     roles: Mapping[str, Role] = layout.roles
     parameters = dict(module.named_parameters())
-    matrices = []
+    matrices: list[Tensor] = []
     for name in unit.tensors:
         weight = parameters.get(name.removeprefix(unit.name + "."))
         if weight is None:

@@ -34,9 +34,7 @@ class UnitCall:
     def to(self, dtype: torch.dtype) -> UnitCall:
         """The same call with its floating-point arguments in another type."""
         leaves, tree = tree_flatten(self.arguments)
-        cast = [
-            leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
-        ]
+        cast = [leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
         return dataclasses.replace(self, arguments=tree_unflatten(cast, tree))
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -143,7 +141,12 @@ def stream_weights(model: PreTrainedModel, checkpoint: Checkpoint, device: torch
 
 
 def _weight_hooks(
-    path: str, module: nn.Module, checkpoint: Checkpoint, tied: dict[str, str], device: torch.device, recurse: bool
+    path: str,
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    tied: dict[str, str],
+    device: torch.device,
+    recurse: bool,
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     prefix = f"{path}." if path else ""
     meta = dict(module.named_parameters(recurse=recurse))

@@ -68,8 +68,13 @@ def find_units(layout: ModelLayout, unit: tuple[str, ...]) -> tuple[Unit, ...]:
             try:
                 layout.model.get_submodule(path)
             except AttributeError:
-                children = ["block", *(name for name, _ in layout.model.get_submodule(block).named_children())]
-                raise InputError(f"unit: block '{block}' has no submodule '{part}': {nearest(part, children)}") from None
+                children = [
+                    "block",
+                    *(name for name, _ in layout.model.get_submodule(block).named_children()),
+                ]
+                raise InputError(
+                    f"unit: block '{block}' has no submodule '{part}': {nearest(part, children)}"
+                ) from None
             tensors = tuple(name for name in layout.names if name.startswith(path + "."))
             units.append(Unit(path, block, tensors))
     names = [one.name for one in units]
@@ -105,7 +110,8 @@ def regions(layout: ModelLayout) -> dict[str, Region]:
 
 def _execution_order(layout: ModelLayout) -> list[str]:
     registered = [path for path, module in layout.model.named_modules() if list(module.parameters(recurse=False))]
-    model = meta_model(layout.config, layout.model_class).to("meta")
+    model: Any = meta_model(layout.config, layout.model_class)
+    model.to("meta")
     order: list[str] = []
     for path, module in model.named_modules():
         if path in registered:

@@ -26,18 +26,16 @@ class AlignedSource:
     extra: tuple[str, ...]
     absent: tuple[str, ...]
 
-    def read(self, base_name: str) -> Tensor:
-        """The source's tensor for one of the base's, as stored, on the CPU."""
-        return self.checkpoint.read(self.tensor_of[base_name])
+    def read(self, base_name: str, part: slice | None = None) -> Tensor:
+        """The source's tensor for one of the base's, on the CPU, as `Checkpoint.read`."""
+        return self.checkpoint.read(self.tensor_of[base_name], part)
 
     def dtype(self, base_name: str) -> torch.dtype:
         """The stored type of the source's tensor for one of the base's."""
         return self.checkpoint.dtype(self.tensor_of[base_name])
 
 
-def align(
-    base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | ModelCheckpoint, name: str
-) -> AlignedSource:
+def align(base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | ModelCheckpoint, name: str) -> AlignedSource:
     """Match a source's tensors to the base's by name.
 
     A bare encoder's tensors have no prefix, a classifier's have one ("bert."); any prefix under which either model
@@ -64,14 +62,13 @@ def align(
             f"{len(base.names)} tensor names"
         )
     taken = set(best.values())
-    aligned = AlignedSource(
+    return AlignedSource(
         name,
         source,
         best,
         extra=tuple(other for other in source.names if other not in taken),
         absent=tuple(own for own in base.names if own not in best),
     )
-    return aligned
 
 
 def _matches(base: Iterable[str], source: Iterable[str], base_prefix: str, source_prefix: str) -> dict[str, str]:

@@ -81,15 +81,23 @@ def _entry(path: Path, name: str, fields: dict[str, Any], offset: int) -> Tensor
     return entry
 
 
-def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
+def read_tensor(path: Path, entry: TensorEntry, part: slice | None = None) -> torch.Tensor:
     """One tensor of a file, in its stored type, in memory of its own.
 
     A plain read instead of a memory map: what a process holds is then exactly what it asked for.
+
+    Args:
+        path: the file.
+        entry: where the tensor lies in it.
+        part: read only these of its flattened entries, as a flat tensor.
     """
+    if part is not None:
+        first, last, _ = part.indices(prod(entry.shape))
+        entry = TensorEntry(entry.dtype, (last - first,), entry.start + first * entry.dtype.itemsize)
     buffer = torch.empty(max(entry.nbytes, 1), dtype=torch.uint8)[: entry.nbytes]
     with open(path, "rb", buffering=0) as file:
         file.seek(entry.start)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         done = 0
         while done < entry.nbytes:
             count = file.readinto(view[done:])

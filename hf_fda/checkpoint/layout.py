@@ -64,9 +64,10 @@ def model_class_of(config: PretrainedConfig, id: str, trust_remote_code: bool = 
     Raises:
         InputError: when transformers does not know it, or it needs remote code that was not trusted.
     """
-    architecture = (config.architectures or [None])[0]
+    architecture = config.architectures[0] if config.architectures else None
     if architecture is None:
-        return transformers.AutoModel._model_mapping[type(config)]  # type: ignore[attr-defined]
+        bare: Any = transformers.AutoModel._model_mapping[type(config)]
+        return bare[0] if isinstance(bare, tuple) else bare
     known = getattr(transformers, architecture, None)
     if known is not None:
         return known
@@ -123,9 +124,7 @@ class ModelLayout:
     @cached_property
     def body_prefixes(self) -> tuple[str, ...]:
         """Prefixes under which the bare model may lie: "" and, say, "bert."."""
-        paths = [
-            path for path, module in self.model.named_modules() if path and isinstance(module, PreTrainedModel)
-        ]
+        paths = [path for path, module in self.model.named_modules() if path and isinstance(module, PreTrainedModel)]
         return ("", *(f"{path}." for path in paths))
 
     def groups(self, on_disk: Iterable[str]) -> tuple[list[TensorGroup], list[str]]:
@@ -139,7 +138,7 @@ class ModelLayout:
         """
         conversions = get_model_conversion_mapping(self.model, add_legacy=True)
         converters = [item for item in conversions if isinstance(item, WeightConverter)]
-        renamings = [item for item in conversions if not isinstance(item, WeightConverter)]
+        renamings: Any = [item for item in conversions if not isinstance(item, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         state = self.model.state_dict()
         prefix = self.model.base_model_prefix
@@ -181,7 +180,7 @@ class ModelLayout:
         legacy = {repr(item) for item in get_model_conversion_mapping(self.model)} - {
             repr(item) for item in get_model_conversion_mapping(self.model, add_legacy=False)
         }
-        used = [item for item in conversions if item.was_used() and repr(item) not in legacy]
+        used: Any = [item for item in conversions if item.was_used() and repr(item) not in legacy]
         self.model._weight_conversions = used  # what revert_weight_conversion undoes
 
     def save_groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:

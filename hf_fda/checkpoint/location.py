@@ -140,9 +140,13 @@ def _on_hub(text: str, repo_id: str, revision: str | None) -> Location:
     except RevisionNotFoundError:
         raise InputError(f"{text}: the Hub has no revision '{revision}' of it") from None
     except GatedRepoError:
-        raise InputError(f"{text}: the repository is gated; accept its terms on the Hub and run 'hf auth login'") from None
+        raise InputError(
+            f"{text}: the repository is gated; accept its terms on the Hub and run 'hf auth login'"
+        ) from None
     except RepositoryNotFoundError:
-        raise InputError(f"{text}: no such folder, and no such repository on the Hub (private? 'hf auth login')") from None
+        raise InputError(
+            f"{text}: no such folder, and no such repository on the Hub (private? 'hf auth login')"
+        ) from None
     except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         return _in_cache(text, repo_id, revision, error)
     names = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))

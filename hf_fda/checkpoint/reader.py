@@ -41,8 +41,11 @@ class Checkpoint(Protocol):
         """The shape of a tensor in memory layout."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its stored type and memory layout; the caller may change it."""
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """One tensor on the CPU, in its stored type and memory layout; the caller may change it.
+
+        With `part`, only these of its flattened entries, as a flat tensor.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -97,11 +100,13 @@ class FileCheckpoint:
         """The shape of a tensor in memory layout."""
         return self.layout.shapes[name]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its stored type and memory layout; the caller may change it."""
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """One tensor on the CPU, as `Checkpoint.read`."""
         group = self._group_of[name]
         if group.converter is None:
-            return self._read_disk(group.disk[0])
+            return self._read_disk(group.disk[0], part)
+        if part is not None:
+            return self.read(name).flatten()[part]
         if name not in self._converted:
             tensors = {disk: self._read_disk(disk) for disk in group.disk}
             self._converted = group.to_memory(tensors, self.layout.model)
@@ -111,9 +116,9 @@ class FileCheckpoint:
         """A hash that changes when the weights do."""
         return self._files.fingerprint()
 
-    def _read_disk(self, name: str) -> Tensor:
+    def _read_disk(self, name: str, part: slice | None = None) -> Tensor:
         file, entry = self._entries[name]
-        return read_tensor(self._files.path(file), entry)
+        return read_tensor(self._files.path(file), entry, part)
 
     def _check_shapes(self) -> None:
         for group in self.groups:
@@ -169,9 +174,10 @@ class ModelCheckpoint:
         """The shape of a tensor."""
         return tuple(self._state[name].shape)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, copied to the CPU."""
-        return self._state[name].detach().to("cpu", copy=True).contiguous()
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """One tensor, copied to the CPU, as `Checkpoint.read`."""
+        tensor = self._state[name].detach()
+        return (tensor if part is None else tensor.flatten()[part]).to("cpu", copy=True).contiguous()
 
     def fingerprint(self) -> str:
         """A hash of the weights themselves."""

@@ -43,9 +43,7 @@ class SafetensorsWriter:
         ...     file.write("weight", torch.zeros(2, 3))
     """
 
-    def __init__(
-        self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self.specs = dict(specs)
         self._missing = set(specs)
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -79,7 +77,7 @@ class SafetensorsWriter:
         self._missing.remove(name)
         flat = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1)
         self._file.seek(self._data + self._start[name])
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._file.write(flat.view(torch.uint8).numpy().data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -58,9 +58,7 @@ class FDAConfig(MethodConfig):
     )
     epochs: int | None = option(None, "passes of adaptation over all anchors; by kind of model", minimum=0)
     adaptation_learning_rate: float | None = option(None, "Adam step size of adaptation; by kind of model", minimum=0)
-    adaptation_distance: Distance | None = option(
-        None, "distance of a block's outputs in adaptation; by kind of model"
-    )
+    adaptation_distance: Distance | None = option(None, "distance of a block's outputs in adaptation; by kind of model")
     batch_size: int = option(128, "anchors per adaptation step", minimum=1)
 
     def __post_init__(self) -> None:
@@ -119,7 +117,7 @@ class FDAConfig(MethodConfig):
 
     def with_sources(self, names: list[str]) -> FDAConfig:
         """The config with the weights of `initial` and `rest` in the order of the sources."""
-        roles = {
+        roles: dict[str, Any] = {
             role: with_source_names(value, names)
             for role in ("initial", "rest")
             if isinstance(value := getattr(self, role), MethodConfig)

@@ -24,7 +24,10 @@ class TSVConfig(TaskVectorConfig):
     elementwise: ClassVar[bool] = False
 
     rank_fraction: float | None = option(
-        None, "fraction of a matrix's singular directions that each task keeps; none: 1 / K", minimum=0, maximum=1
+        None,
+        "fraction of a matrix's singular directions that each task keeps; none: 1 / K",
+        minimum=0,
+        maximum=1,
     )
 
 

@@ -1,0 +1,256 @@
+"""The command `hf-fda`: each subcommand is one public function."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_fda.errors import HFFDAError, InputError, nearest
+from hf_fda.version import __version__
+
+SETTINGS = ("device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code")
+LOOSE_COMMANDS = ("merge", "plan", "anchors")
+CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", *SETTINGS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status is 0 when done, 2 for bad arguments or input, 1 for a failure on the way."""
+    words, loose = _take_options(list(sys.argv[1:] if argv is None else argv))
+    arguments = _parser().parse_args(words)
+    level = logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hf_fda").setLevel(level)
+    try:
+        arguments.command(arguments, loose)
+    except InputError as error:
+        print(f"hf-fda: {error}", file=sys.stderr)
+        return 2
+    except HFFDAError as error:
+        print(f"hf-fda: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("hf-fda: interrupted; the same command goes on from here", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
+    from hf_fda.merging import merge
+
+    merged = merge(**_merge_arguments(arguments, loose), quiet=arguments.quiet)
+    if not arguments.quiet:
+        print(f"Merged into {merged.folder}")
+        if merged.tasks:
+            print(f'  hf_fda.load("{merged.folder}", task="{merged.tasks[0]}")  # {", ".join(merged.tasks)}')
+
+
+def _plan(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
+    from hf_fda.planning import plan
+
+    print(plan(**_merge_arguments(arguments, loose)))
+
+
+def _methods(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
+    from hf_fda.merge_methods import method_class, methods
+
+    known = methods()
+    if arguments.name:
+        print(known[method_class(arguments.name).name])
+        return
+    width = max(map(len, known))
+    for name, info in known.items():
+        print(f"{name:<{width}}  {info.summary} ({info.paper})")
+    print("\nhf-fda methods NAME lists a method's options.")
+
+
+def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
+    from hf_fda.anchors import FunctionalDualAnchors
+
+    FunctionalDualAnchors.construct(
+        arguments.base,
+        arguments.source,
+        device=arguments.device or "auto",
+        seed=arguments.seed or 0,
+        trust_remote_code=arguments.trust_remote_code,
+        output=arguments.output,
+        quiet=arguments.quiet,
+        **_options(loose),
+    )
+    if not arguments.quiet:
+        print(f"Anchors in {arguments.output}")
+
+
+def _push(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
+    from hf_fda.merged import push
+
+    address = push(arguments.folder, arguments.repo_id, private=arguments.private or None, revision=arguments.revision)
+    print(address)
+
+
+def _demo(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
+    from hf_fda.demo import run_demo
+
+    run_demo(Path(arguments.output), seed=arguments.seed, quiet=arguments.quiet)
+
+
+def _merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
+    """What `merge` and `plan` get: the configuration file, overruled by what the command line says."""
+    given = _read_config(Path(arguments.config)) if arguments.config else {}
+    options = {**given.pop("options", {}), **_options(loose)}
+    for name in ("base", "method", "output", *SETTINGS):
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            given[name] = value
+    if arguments.source:
+        given["sources"] = _named(arguments.source)
+    if arguments.anchors:
+        given["anchors"] = dict(_split(item, "--anchors") for item in arguments.anchors)
+    for name in ("base", "sources"):
+        if name not in given:
+            raise InputError(f"no {name}: pass a configuration file, or --base and --source")
+    return {**given, **options}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{path}: must be a mapping with the keys {', '.join(CONFIG_KEYS)}")
+    for name in given:
+        if name not in CONFIG_KEYS:
+            raise InputError(f"{path}: unknown key '{name}': {nearest(str(name), CONFIG_KEYS)}")
+    return given
+
+
+def _named(sources: list[str]) -> dict[str, str] | list[str]:
+    """Sources as given: all with names, or none."""
+    if not any("=" in source for source in sources):
+        return sources
+    pairs = [_split(source, "--source") for source in sources]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two sources are named '{name}'; give each a name of its own")
+    return dict(pairs)
+
+
+def _split(item: str, flag: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise InputError(f"{flag} {item}: write it as TASK=... (either all sources have a name or none)")
+    return name, value
+
+
+def _options(loose: list[tuple[str, str]]) -> dict[str, Any]:
+    """Method options as keyword arguments."""
+    return {name.replace("-", "_"): value for name, value in loose}
+
+
+def _take_options(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Part a command line into what the parser knows and the method's own options.
+
+    Those are written `--num-anchors 64`, `--num-anchors=64` or, for true, `--normalize`.
+    """
+    if not words or words[0] not in LOOSE_COMMANDS:
+        return words, []
+    known, loose = words[:1], []
+    flags = set(_subparser(words[0])._option_string_actions)
+    position = 1
+    while position < len(words):
+        word = words[position]
+        name, equals, value = word.partition("=")
+        position += 1
+        if not word.startswith("--") or name in flags:
+            known.append(word)
+            if name in flags and not equals and position < len(words) and _takes_value(words[0], name):
+                known.append(words[position])
+                position += 1
+            continue
+        if not equals:
+            value = "true"
+            if position < len(words) and not words[position].startswith("--"):
+                value, position = words[position], position + 1
+        loose.append((name[2:], value))
+    return known, loose
+
+
+def _subparser(command: str) -> argparse.ArgumentParser:
+    actions = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return actions[0].choices[command]
+
+
+def _takes_value(command: str, flag: str) -> bool:
+    return _subparser(command)._option_string_actions[flag].nargs != 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-fda", description="Merge models that were fine-tuned from one base.")
+    parser.add_argument("--version", action="version", version=f"hf-fda {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    for name, function, help in (
+        ("merge", _merge, "merge sources into a folder that transformers loads"),
+        ("plan", _plan, "check a merge and say what it would do; reads no weights, writes nothing"),
+    ):
+        command = _command(commands, name, function, help)
+        command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a configuration, as merge_config.yaml")
+        command.add_argument("--base", help="folder or Hub id (org/name, org/name@revision)")
+        command.add_argument("--source", action="append", metavar="[TASK=]S", help="a fine-tune of the base; repeat")
+        command.add_argument("--method", help="merge method (default fda); see hf-fda methods")
+        command.add_argument("--output", required=name == "merge", default=None, help="the folder to write")
+        command.add_argument("--anchors", action="append", metavar="TASK=DIR", help="anchors made earlier for a source")
+        command.add_argument("--dtype", help="type of the written weights (default float32; auto: the base's)")
+        command.add_argument("--heads", choices=("keep", "merge"), help="task heads: keep each (default) or merge them")
+        command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")
+        _common(command)
+
+    command = _command(commands, "anchors", _anchors, "construct the anchors of one fine-tune")
+    command.add_argument("--base", required=True, help="folder or Hub id")
+    command.add_argument("--source", required=True, help="the fine-tune: folder or Hub id")
+    command.add_argument("--output", required=True, help="the folder to write")
+    _common(command)
+
+    command = _command(commands, "methods", _methods, "list the merge methods, or one method's options")
+    command.add_argument("name", nargs="?", metavar="NAME")
+
+    command = _command(commands, "demo", _demo, "train, merge and compare small models on real handwritten digits")
+    command.add_argument("--output", default="demo", help="the folder to write (default demo/)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--quiet", action="store_true", help="print the table only")
+
+    command = _command(commands, "push", _push, "upload a merged folder or an anchors folder to the Hub")
+    command.add_argument("folder", metavar="DIR")
+    command.add_argument("repo_id", metavar="REPO_ID")
+    command.add_argument("--private", action="store_true")
+    command.add_argument("--revision", help="branch to push to")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Callable[..., None], help: str) -> argparse.ArgumentParser:
+    loose = name in LOOSE_COMMANDS
+    epilog = "Options of the method follow as --name value; hf-fda methods NAME lists them." if loose else None
+    command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog)
+    command.set_defaults(command=function)
+    return command
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="auto (default) or a torch device")
+    command.add_argument("--seed", type=int, help="of everything random (default 0)")
+    command.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with a checkpoint")
+    command.add_argument("--quiet", action="store_true", help="no progress, no closing words")
+    command.add_argument("--verbose", action="store_true", help="say more")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
     from hf_fda.merged import Merged, load, push
     from hf_fda.merging import merge
-    from hf_fda.planning import Plan, plan
+    from hf_fda.planning import plan
+    from hf_fda.plans import Plan
 
 _PLACES = {
     "FDAConfig": "hf_fda.merge_methods",
@@ -25,7 +26,7 @@ _PLACES = {
     "InputError": "hf_fda.errors",
     "Merged": "hf_fda.merged",
     "MethodConfig": "hf_fda.merge_methods",
-    "Plan": "hf_fda.planning",
+    "Plan": "hf_fda.plans",
     "RunError": "hf_fda.errors",
     "load": "hf_fda.merged",
     "merge": "hf_fda.merging",

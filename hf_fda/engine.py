@@ -18,7 +18,8 @@ from hf_fda.checkpoint.writer import SafetensorsWriter, Shard, save_tensors
 from hf_fda.errors import RunError
 from hf_fda.inputs import Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
-from hf_fda.planning import Plan, check_disk, out_dtype
+from hf_fda.planning import check_disk, out_dtype
+from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
 from hf_fda.publish import publish
 from hf_fda.store import WORK, Store, key_of

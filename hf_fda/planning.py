@@ -1,24 +1,22 @@
-"""Everything a merge will do, checked and printable before any weight is read."""
+"""Checking a merge from configurations and file headers, before any weight is read."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import prod
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from hf_fda.blocks import Unit, family_of, find_units
-from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
+from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
 from hf_fda.devices import resolve_device
 from hf_fda.errors import InputError, nearest
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
-from hf_fda.inputs import Inputs, Source, open_inputs
+from hf_fda.inputs import Inputs, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
+from hf_fda.plans import Plan, readable_size
 from hf_fda.recipes import Heads, Output, decide
 from hf_fda.store import new_folder
 
@@ -28,74 +26,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A merge, checked. `print(plan)` tells what will happen; `hf_fda.engine.run(plan)` does it.
-
-    `units` are what function-space methods merge one by one; `shards` the weight files that will be written;
-    `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `notes`
-    say what a user may not expect.
-    """
-
-    inputs: Inputs
-    config: MethodConfig
-    output: Path
-    result: Output
-    units: tuple[Unit, ...]
-    shards: tuple[Shard, ...]
-    dtype: torch.dtype | None
-    device: torch.device
-    seed: int
-    heads: Heads
-    arguments: dict[str, Any]
-    peak_memory_bytes: int
-    disk_bytes: int
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def constructions(self) -> tuple[tuple[Source, Unit], ...]:
-        """The (source, unit) pairs whose anchors have to be constructed."""
-        return tuple((source, unit) for unit in self.units for source in self.inputs.sources if not source.anchors)
-
-    def __str__(self) -> str:
-        base = self.inputs.base
-        lines = [
-            f"Merge of {len(self.inputs.sources)} sources by {self.config.name} into {self.output}",
-            f"  base      {base.id} ({base.layout.model_class.__name__}, {len(base.names)} tensors)",
-        ]
-        for source in self.inputs.sources:
-            head = next((head for head in self.result.heads if head.task == source.name), None)
-            kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
-            what = "anchors only" if source.weights is None else source.weights.checkpoint.layout.model_class.__name__
-            lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
-        options = {name: value for name, value in self.config.options().items() if value is not None}
-        lines.append("  options   " + ", ".join(f"{name}={_brief(value)}" for name, value in options.items()))
-        lines.append(f"  work      {self._work()}")
-        lines.append(f"  writes    {', '.join(self._writes())}")
-        lines.append(f"  memory    about {_size(self.peak_memory_bytes)} beside the libraries")
-        lines.append(f"  disk      about {_size(self.disk_bytes)}")
-        lines.extend(f"  note      {note}" for note in self.notes)
-        return "\n".join(lines)
-
-    def _work(self) -> str:
-        rules = [recipe.rule for recipe in self.result.recipes.values()]
-        tensors = f"{rules.count('method')} tensors by method, {rules.count('base')} from the base"
-        if rules.count("soup"):
-            tensors += f", {rules.count('soup')} means of the sources"
-        if not self.units:
-            return tensors
-        return f"{len(self.constructions)} constructions, {len(self.units)} adaptations; {tensors}"
-
-    def _writes(self) -> list[str]:
-        shards = f"{len(self.shards)} weight file{'s' if len(self.shards) > 1 else ''} ({_size(self._model_bytes())})"
-        heads = [f"task_heads/{head.task}" for head in self.result.heads]
-        anchors = [f"anchors/{source.name}" for source in self.inputs.sources if self.units and not source.anchors]
-        return [shards, "config.json", "merge_config.yaml", "README.md", *heads, *anchors]
-
-    def _model_bytes(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
 
 
 def plan(
@@ -186,8 +116,8 @@ def check_disk(plan: Plan) -> None:
     free = shutil.disk_usage(where).free
     if free < plan.disk_bytes - present:
         raise InputError(
-            f"output '{plan.output}': no space left for it: about {_size(plan.disk_bytes - present)} are needed and "
-            f"{_size(free)} free; make room or choose another output"
+            f"output '{plan.output}': no space left for it: about {readable_size(plan.disk_bytes - present)} are "
+            f"needed and {readable_size(free)} free; make room or choose another output"
         )
 
 
@@ -318,23 +248,3 @@ def _notes(inputs: Inputs, config: MethodConfig, result: Output) -> list[str]:
     if isinstance(config, FDAConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, dict):
-        options = [f"{name}={item}" for name, item in value.items() if name != "method" and item is not None]
-        return f"{value.get('method')}({', '.join(options)})"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _size(count: int) -> str:
-    """Bytes for reading."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def largest_tensor(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Entries of the largest tensor."""
-    return max((prod(shape) for shape in shapes.values()), default=0)

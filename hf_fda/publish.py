@@ -15,7 +15,7 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.location import INDEX
 from hf_fda.checkpoint.writer import save_tensors, shard_index
 from hf_fda.heads import TaskHead
-from hf_fda.planning import Plan
+from hf_fda.plans import Plan
 from hf_fda.store import WORK, Store
 
 PROCESSORS = (

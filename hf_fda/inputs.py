@@ -170,6 +170,6 @@ def name_sources(sources: Any) -> dict[str, Any]:
 
 def _default_name(value: Any, position: int) -> str:
     if isinstance(value, (str, os.PathLike)):
-        text = os.fspath(value).partition("@")[0]
-        return os.path.basename(os.path.normpath(text)) or f"source{position}"
+        last = os.path.basename(os.path.abspath(value))
+        return last if os.path.isdir(value) else last.partition("@")[0]
     return f"source{position}"

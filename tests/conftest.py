@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers as t
 
+torch.set_num_threads(1)  # threads make models of this size slower, and fight with those of parallel tests
+
 SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT: dict[str, Any] = {**SIZE, "vocab_size": 99}
 GROUPED: dict[str, Any] = {**TEXT, "num_key_value_heads": 2}
@@ -85,7 +87,7 @@ def _quiet_transformers() -> None:
     t.utils.logging.set_verbosity_error()
 
 
-@pytest.fixture()
+@pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
     """Saves a family's base and some fine-tunes of it: `saved("llama", 2)` gives (base folder, [source folders])."""
 
@@ -102,7 +104,7 @@ def saved(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
     return save
 
 
-@pytest.fixture()
+@pytest.fixture
 def classifiers(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
     """A bare BERT encoder and three classifiers fine-tuned from it, with heads of different sizes."""
     base = t.BertModel(t.BertConfig(**TEXT, max_position_embeddings=40)).eval()
@@ -116,3 +118,23 @@ def classifiers(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
         folders[task] = tmp_path / task
         model.save_pretrained(folders[task])
     return tmp_path / "base", folders
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Path]]]:
+    """A family's base and two fine-tunes of it, saved once for all tests that only read them:
+    `library("llama")` gives (base folder, [source folders])."""
+    made: dict[str, tuple[Path, list[Path]]] = {}
+
+    def take(family: str) -> tuple[Path, list[Path]]:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            base = make_model(family)
+            base.save_pretrained(folder / "base")
+            sources = [folder / "one", folder / "two"]
+            for seed, source in enumerate(sources, 1):
+                fine_tune(base, seed=seed).save_pretrained(source)
+            made[family] = folder / "base", sources
+        return made[family]
+
+    return take

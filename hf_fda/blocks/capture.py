@@ -64,9 +64,9 @@ class Capture:
 def capture_calls(base: Checkpoint, units: Sequence[Unit], tokens: int | None, device: torch.device) -> Capture:
     """Capture how each unit is called.
 
-    A unit whose forward takes hidden states alone (an MLP) needs no run. Otherwise the base runs twice, on one and on
-    two random examples, each module's weights read when it is entered and dropped when it is left; an argument whose
-    first dimension differs between the runs belongs to the batch.
+    In a text model, a unit whose forward takes hidden states alone (an MLP) needs no run. Otherwise the base runs
+    twice, on one and on two random examples, each module's weights read when it is entered and dropped when it is
+    left; an argument whose first dimension differs between the runs belongs to the batch.
 
     Args:
         base: the base checkpoint.
@@ -74,7 +74,7 @@ def capture_calls(base: Checkpoint, units: Sequence[Unit], tokens: int | None, d
         tokens: T, for text; the T of images follows from the model.
         device: where the arguments shall lie.
     """
-    if all(_plain(base.layout.model.get_submodule(unit.name)) for unit in units):
+    if tokens is not None and _needs_no_run(base.layout.model, units):
         size = int(base.config.get_text_config().hidden_size)
         return Capture({unit.name: UnitCall(size=size, tokens=tokens) for unit in units})
     one, positions = _run(base, units, 1, tokens or 5, device)
@@ -82,8 +82,16 @@ def capture_calls(base: Checkpoint, units: Sequence[Unit], tokens: int | None, d
     return Capture({name: _call(one[name], two[name]) for name in one}, positions)
 
 
-def _plain(module: nn.Module) -> bool:
-    return len(inspect.signature(module.forward).parameters) == 1
+def _needs_no_run(model: PreTrainedModel, units: Sequence[Unit]) -> bool:
+    """Whether the calls are known beforehand: text (an image sets its own number of tokens), no table of position
+    embeddings whose ids are wanted, and units that take hidden states alone."""
+    text = "pixel_values" not in inspect.signature(model.base_model.forward).parameters
+    plain = all(len(inspect.signature(model.get_submodule(unit.name).forward).parameters) == 1 for unit in units)
+    return text and plain and not any(_is_position_table(path, module) for path, module in model.named_modules())
+
+
+def _is_position_table(path: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and "position" in path.rpartition(".")[2]
 
 
 def _run(
@@ -97,7 +105,7 @@ def _run(
         hook = _recorder(seen, unit.name)
         model.get_submodule(unit.name).register_forward_pre_hook(hook, with_kwargs=True)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and "position" in path.rpartition(".")[2]:
+        if _is_position_table(path, module):
             module.register_forward_pre_hook(
                 lambda _module, args, name=f"{path}.weight": positions.__setitem__(name, args[0].detach().cpu())
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable
@@ -150,9 +151,8 @@ class ModelCheckpoint:
         meta = [name for name, tensor in self._state.items() if tensor.is_meta]
         if meta:
             raise InputError(f"{id}: the model in memory has no real weights for {few(meta)} (offloaded or meta)")
-        config = model.config
-        if config.architectures is None:
-            config.architectures = [type(model).__name__]
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
         self.layout = ModelLayout(config, type(model))
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:

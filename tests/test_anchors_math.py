@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -175,10 +176,11 @@ def plain_construction(
     for _ in range(steps):
         optimizer.zero_grad()
         losses = list(plain_losses(base, source, CALL, x + shift, kind).values())
-        history.append(float(sum(losses)) / len(losses))
+        loss = torch.stack(losses).sum()
+        history.append(float(loss.detach()) / len(losses))
         if history[-1] == min(history):
             best = x.detach().clone()
-        sum(losses).backward()
+        loss.backward()
         optimizer.step()
     return best, history
 
@@ -203,9 +205,9 @@ def test_construction_is_adamw_on_the_plain_loss_and_keeps_the_best(kind: Any, l
 
 def test_a_step_size_that_overshoots_still_gives_the_best_anchors_seen() -> None:
     pair, start = network_pair(), draw(4, 3, 6)
-    _, history = plain_construction(pair[0], pair[1], start, 25, 0.5, "cosine")
+    _, history = plain_construction(pair[0], pair[1], start, 25, 10.0, "cosine")
     assert history[-1] > min(history)  # else this would not show that the best are kept
-    assert construct(pair, start, steps=25, learning_rate=0.5).loss == pytest.approx(min(history), rel=1e-7)
+    assert construct(pair, start, steps=25, learning_rate=10.0).loss == pytest.approx(min(history), rel=1e-6)
 
 
 def test_the_loss_of_a_bert_block_falls() -> None:
@@ -229,7 +231,7 @@ def test_what_construction_returns_belongs_together() -> None:
     losses = plain_losses(training(base), training(source), call, result.anchors, "cosine")
     assert list(result.cosines) == list(losses)
     for name, loss in losses.items():
-        assert 1 - result.cosines[name] == pytest.approx(float(loss), abs=1e-9)
+        assert 1 - result.cosines[name] == pytest.approx(loss.item(), abs=1e-9)
     assert result.loss == pytest.approx(1 - sum(result.cosines.values()) / len(losses))
     assert result.left_out == ()
     assert not result.anchors.requires_grad and not result.targets.requires_grad
@@ -287,7 +289,7 @@ def test_patience_does_not_stop_a_construction_that_goes_on_falling() -> None:
     pair, start = network_pair(), draw(4, 3, 6)
     told: list[float] = []
     result = construct(pair, start, steps=40, patience=10, report=lambda _, loss: told.append(loss))
-    assert all(later < 0.99 * earlier for earlier, later in zip(told, told[1:], strict=False))
+    assert all(later < 0.99 * earlier for earlier, later in itertools.pairwise(told))
     assert result.steps == 40
 
 
@@ -349,17 +351,17 @@ def test_a_source_equal_to_the_base_needs_no_steps(kind: Any) -> None:
 # -- numbers that are not finite ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32])
-def test_a_huge_learning_rate_stops_construction_with_a_way_out(dtype: torch.dtype) -> None:
+def test_a_huge_learning_rate_stops_construction_with_a_way_out() -> None:
     with pytest.raises(RunError, match="smaller learning_rate"):
-        construct(network_pair(dtype), draw(4, 3, 6, dtype=dtype), learning_rate=1e30)
+        construct(network_pair(torch.float32), draw(4, 3, 6, dtype=torch.float32), learning_rate=1e30)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("place", [0, 1])
-def test_weights_that_are_not_finite_stop_construction(bad: float, place: int) -> None:
+@pytest.mark.parametrize("name", ["0.weight", "2.bias", "3.weight"])
+def test_weights_that_are_not_finite_stop_construction(bad: float, place: int, name: str) -> None:
     pair = network_pair()
-    next(pair[place].parameters())[0, 0] = bad
+    pair[place].get_parameter(name).view(-1)[0] = bad
     with pytest.raises(RunError):
         construct(pair, draw(4, 3, 6))
 
@@ -378,15 +380,14 @@ def test_a_huge_learning_rate_stops_adaptation_with_a_way_out(tasks: bool) -> No
         adapt(base, call, [x], [call(source, x)], [task_vectors(base, source)] if tasks else None, learning_rate=1e30)
 
 
-@pytest.mark.parametrize("epochs", [0, 3])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_targets_that_are_not_finite_stop_adaptation(bad: float, epochs: int) -> None:
+def test_targets_that_are_not_finite_stop_adaptation(bad: float) -> None:
     base, source, call = network_pair()
     x = draw(4, 3, 6)
     targets = call(source, x)
     targets[0, 0, 0] = bad
     with pytest.raises(RunError):
-        adapt(base, call, [x], [targets], None, kind="mse", epochs=epochs)
+        adapt(base, call, [x], [targets], None, kind="mse", epochs=3)
 
 
 # -- Adam on coefficients ----------------------------------------------------------------------------------------------
@@ -419,7 +420,7 @@ def test_coefficient_adam_is_adam_on_explicit_coefficients(count: int, holes: bo
     plain = torch.optim.Adam([alpha for own in alphas for alpha in own], lr=learning_rate)
     parameters = [theta(p).detach().clone().requires_grad_(True) for p in range(2)]
     stepper = CoefficientAdam(parameters, tasks, learning_rate)
-    start = float(loss(theta(0), theta(1)))
+    start = loss(theta(0), theta(1)).item()
     for _ in range(30):
         plain.zero_grad()
         loss(theta(0), theta(1)).backward()
@@ -428,7 +429,7 @@ def test_coefficient_adam_is_adam_on_explicit_coefficients(count: int, holes: bo
         for p in range(2):
             expected = theta(p).detach()
             assert float((parameters[p].detach() - expected).norm()) <= 1e-9 * float(expected.norm())
-    assert float(loss(parameters[0], parameters[1])) < start
+    assert loss(parameters[0], parameters[1]).item() < start
 
 
 def test_coefficient_adam_does_not_move_where_all_task_vectors_are_zero() -> None:
@@ -493,7 +494,7 @@ def test_adaptation_of_parameters_is_adam_over_the_same_batches(kind: Any, batch
     plain = training(base)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
     x, y, order = torch.cat(anchors), torch.cat(targets), generator(7)
-    before = float(plain_distance(kind, plain(x), y))
+    before = plain_distance(kind, plain(x), y).item()
     for _ in range(12):
         for batch in torch.randperm(len(x), generator=order).split(batch_size):
             optimizer.zero_grad()
@@ -502,7 +503,7 @@ def test_adaptation_of_parameters_is_adam_over_the_same_batches(kind: Any, batch
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(result.parameters[name], parameter.detach(), rtol=1e-7, atol=1e-8)
     assert result.loss_before == pytest.approx(before)
-    assert result.loss_after == pytest.approx(float(plain_distance(kind, plain(x), y)), rel=1e-6)
+    assert result.loss_after == pytest.approx(plain_distance(kind, plain(x), y).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

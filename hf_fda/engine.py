@@ -67,13 +67,13 @@ class Engine:
     def merge(self) -> None:
         """Construct, adapt, assemble, publish."""
         for unit in self.plan.units:
-            for source in self.plan.inputs.sources:
+            for source in self.plan.sources_of(unit):
                 if source.anchors is None:
                     self._construction(source).construct(unit, self.progress)
             self._adapt(unit)
         for source in self.plan.inputs.sources:
             if source.anchors is None and self.plan.units:
-                self._construction(source).frame(self.plan.units)
+                self._construction(source).frame(self.plan.units_of(source))
         for shard in self.plan.shards:
             self._assemble(shard)
         publish(self.plan, self.store)
@@ -129,7 +129,7 @@ class Engine:
         assert config.adaptation_distance is not None and config.adaptation_learning_rate is not None
         module = self.builder.load(self.base.read, unit)
         tasks = None if config.initial == "base" else self._start(module, unit)
-        pairs = [self._anchors_of(source, unit) for source in self.plan.inputs.sources]
+        pairs = [self._anchors_of(source, unit) for source in self.plan.sources_of(unit)]
         try:
             adapted = adapt_unit(
                 module,
@@ -169,7 +169,7 @@ class Engine:
 
     def _unit_key(self, unit: Unit) -> str:
         config = self.plan.config
-        anchors = [self._anchors_key(source, unit) for source in self.plan.inputs.sources]
+        anchors = [self._anchors_key(source, unit) for source in self.plan.sources_of(unit)]
         start = (
             self.fingerprints if isinstance(config, FDAConfig) and config.initial != "base" else self.fingerprints[""]
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_fda.anchors.container import FunctionalDualAnchors
 from hf_fda.anchors.files import MANIFEST
-from hf_fda.blocks import find_blocks, regions
+from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
 from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint, open_checkpoint
 from hf_fda.errors import InputError, few, nearest
@@ -30,6 +30,12 @@ class Source:
     id: str
     weights: AlignedSource | None = None
     anchors: FunctionalDualAnchors | None = None
+
+    def has(self, unit: Unit) -> bool:
+        """Whether the source has a unit of the base (a vision fine-tune of a CLIP lacks the text tower)."""
+        if self.weights is not None:
+            return all(name in self.weights.tensor_of for name in unit.tensors)
+        return self.anchors is not None and unit.name in self.anchors
 
 
 @dataclass

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.header import read_header, read_tensor
-from hf_fda.checkpoint.layout import model_class_of
+from hf_fda.checkpoint.layout import ModelLayout, model_class_of
 from hf_fda.checkpoint.location import Location, locate
-from hf_fda.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+from hf_fda.checkpoint.reader import FileCheckpoint
+from hf_fda.errors import InputError, few, nearest
+from hf_fda.hub import hub_errors
 
 HEADS = "task_heads"
 
@@ -119,56 +122,62 @@ def push(
     Raises:
         InputError: when the folder is neither, or the merge in it is not finished.
     """
-    from huggingface_hub import HfApi
-
     path = Path(folder)
     kind = "dataset" if (path / "anchors.json").is_file() else "model"
     if kind == "model" and not all((path / name).is_file() for name in ("config.json", "merge_config.yaml")):
         raise InputError(f"{folder}: neither a finished merge nor anchors; run its merge to the end first")
     api = HfApi(token=token)
-    api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        repo_type=kind,
-        folder_path=path,
-        revision=revision,
-        commit_message="Upload merged model" if kind == "model" else "Upload anchors",
-    )
+    with hub_errors(repo_id):
+        api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=kind,
+            folder_path=path,
+            revision=revision,
+            commit_message="Upload merged model" if kind == "model" else "Upload anchors",
+        )
     return str(commit)
 
 
 def _config(location: Location, name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
     path = location.path(name)
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _with_head(location: Location, task: str, trust_remote_code: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The task's own class, its body from the merged model and everything after the last block from its head.
+
+    Both are brought to the class's names in memory first: on disk they may bear other prefixes, and where both hold a
+    tensor it is the head's that counts.
+    """
     head = f"{HEADS}/{task}"
     config = _config(location, f"{head}/config.json", trust_remote_code)
-    own = _tensors([location.path(f"{head}/model.safetensors")])
     model_class = model_class_of(config, str(location.folder or location.repo_id), trust_remote_code)
-    state = {**_tensors([location.path(name) for name in location.weight_files()]), **own}
-    state, kwargs = _for_class(state, own, model_class, config), dict(kwargs)
-    kwargs.setdefault("dtype", json.loads(location.path("config.json").read_text()).get("dtype", "auto"))
+    layout = ModelLayout(config, model_class)
+    body = FileCheckpoint(location, trust_remote_code)
+    names = match_names(layout.names, layout.body_prefixes, body.names, body.layout.body_prefixes)
+    own = _head_tensors(location.path(f"{head}/model.safetensors"), layout)
+    state = own | {name: body.read(other) for name, other in names.items() if name not in own}
+    kwargs = {"dtype": _stored_dtype(body), **kwargs}
     loaded: Any = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **kwargs)
     model, report = loaded
     if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        missing = few(sorted(report["missing_keys"]))
         raise InputError(f"{location.id}: body and head of task '{task}' lack {missing}; the folder is incomplete")
     return model.eval()
 
 
-def _for_class(
-    state: dict[str, Tensor], own: dict[str, Tensor], model_class: type[PreTrainedModel], config: Any
-) -> dict[str, Tensor]:
-    """Only what the class has a place for: the merged folder may hold a head of its base's own beside the body."""
-    from hf_fda.checkpoint.layout import ModelLayout
+def _head_tensors(path: Path, layout: ModelLayout) -> dict[str, Tensor]:
+    """A task's own tensors by their names in memory."""
+    entries = read_header(path)
+    stored = {name: read_tensor(path, entry) for name, entry in entries.items()}
+    groups, _ = layout.groups(stored)
+    tensors: dict[str, Tensor] = {}
+    for group in groups:
+        tensors.update(group.to_memory(stored, layout.model))
+    return tensors
 
-    _, unexpected = ModelLayout(config, model_class).groups(state)
-    return {name: tensor for name, tensor in state.items() if name not in unexpected or name in own}
 
-
-def _tensors(paths: list[Path]) -> dict[str, Tensor]:
-    return {name: read_tensor(path, entry) for path in paths for name, entry in read_header(path).items()}
+def _stored_dtype(body: FileCheckpoint) -> torch.dtype:
+    """The type of the merged weights."""
+    return next((body.dtype(name) for name in body.names if body.dtype(name).is_floating_point), torch.float32)

@@ -14,7 +14,7 @@ from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
 from hf_fda.devices import resolve_device
 from hf_fda.errors import InputError, nearest
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
-from hf_fda.inputs import Inputs, open_inputs
+from hf_fda.inputs import Inputs, Source, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.plans import Plan, readable_size
 from hf_fda.recipes import Heads, Output, decide
@@ -96,7 +96,7 @@ def plan(
         device=chosen,
         seed=int(seed),
         heads=cast(Heads, heads),
-        arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes, anchors),
+        arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes),
         peak_memory_bytes=peak_memory_bytes(inputs, config, units, result),
         disk_bytes=disk_bytes(inputs, config, units, shards),
         notes=tuple(_notes(inputs, config, result)),
@@ -160,22 +160,18 @@ def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:
     if not isinstance(config, FDAConfig):
         return ()
     units = find_units(inputs.base.layout, config.unit or ("block",))
+    towers = {unit.block.rpartition(".")[0] for unit in units}
     for source in inputs.sources:
-        missing = [unit.name for unit in units if source.anchors is not None and unit.name not in source.anchors]
-        if missing:
+        given = source.anchors
+        if given is None:
+            continue
+        missing = [unit for unit in units if (source.weights is None or source.has(unit)) and unit.name not in given]
+        if missing and (len(towers) == 1 or len(missing) == len(units)):
             raise InputError(
-                f"anchors of '{source.name}' ({source.id}) have none for block '{missing[0]}'; "
-                "they were constructed on another base"
+                f"anchors of '{source.name}' ({source.id}) have none for block '{missing[0].name}'; "
+                "they were constructed on another base or for other units"
             )
-    return tuple(unit for unit in units if _covered(unit, inputs))
-
-
-def _covered(unit: Unit, inputs: Inputs) -> bool:
-    """Whether some source has the unit (a vision fine-tune of a CLIP lacks the text tower)."""
-    return any(
-        source.weights is None or all(name in source.weights.tensor_of for name in unit.tensors)
-        for source in inputs.sources
-    )
+    return tuple(unit for unit in units if any(source.has(unit) for source in inputs.sources))
 
 
 def _groups(
@@ -207,25 +203,39 @@ def _record(
     seed: int,
     heads: str,
     max_shard_bytes: int,
-    anchors: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The merge as plain values: the content of `merge_config.yaml`."""
     record: dict[str, Any] = {
         "base": pinned(inputs.base.id, inputs.base.commit),
         "sources": {
-            source.name: pinned(source.id, source.weights.checkpoint.commit if source.weights else None)
+            source.name: pinned(source.id, source.weights.checkpoint.commit)
+            if source.weights is not None
+            else anchors_id(source)
             for source in inputs.sources
         },
         "method": config.name,
-        "options": {name: value for name, value in config.options().items() if value is not None},
+        "options": stated_options(config),
         "dtype": dtype,
         "seed": int(seed),
         "heads": heads,
         "max_shard_bytes": max_shard_bytes,
     }
-    if anchors:
-        record["anchors"] = {name: str(value) for name, value in anchors.items()}
-    return record
+    given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
+    return {**record, "anchors": given} if given else record
+
+
+def stated_options(config: MethodConfig) -> dict[str, Any]:
+    """The options that have to be stated to get the same config again."""
+    fields = config.option_fields()
+    return {
+        name: value for name, value in config.options().items() if value is not None or fields[name].default is not None
+    }
+
+
+def anchors_id(source: Source) -> str:
+    """Where a source's given anchors can be found again."""
+    origin = source.anchors.origin if source.anchors is not None else None
+    return origin or f"anchors of {source.id}, in memory only"
 
 
 def pinned(id: str, commit: str | None) -> str:

@@ -42,7 +42,17 @@ class Plan:
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:
         """The (source, unit) pairs whose anchors have to be constructed."""
-        return tuple((source, unit) for unit in self.units for source in self.inputs.sources if source.anchors is None)
+        return tuple(
+            (source, unit) for unit in self.units for source in self.sources_of(unit) if source.anchors is None
+        )
+
+    def sources_of(self, unit: Unit) -> tuple[Source, ...]:
+        """The sources that have a unit."""
+        return tuple(source for source in self.inputs.sources if source.has(unit))
+
+    def units_of(self, source: Source) -> tuple[Unit, ...]:
+        """The units that a source has."""
+        return tuple(unit for unit in self.units if source.has(unit))
 
     def __str__(self) -> str:
         base = self.inputs.base

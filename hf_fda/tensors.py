@@ -58,7 +58,7 @@ def nearest_orthonormal(matrix: Tensor) -> Tensor:
     return p @ qh
 
 
-def pseudo_inverse_right(left: Tensor, gram: Tensor, tolerance: float = 1e-6) -> Tensor:
+def pseudo_inverse_right(left: Tensor, gram: Tensor, tolerance: float | None = None) -> Tensor:
     """``left @ gram^+`` for a symmetric positive semi-definite `gram`, by one eigendecomposition.
 
     Args:
@@ -66,6 +66,8 @@ def pseudo_inverse_right(left: Tensor, gram: Tensor, tolerance: float = 1e-6) ->
         gram: (d, d), symmetric positive semi-definite.
         tolerance: eigenvalues below this fraction of the largest count as zero.
     """
+    if tolerance is None:
+        tolerance = len(gram) * torch.finfo(gram.dtype).eps
     values, vectors = torch.linalg.eigh(gram)
     keep = values > tolerance * values[-1].clamp_min(0)
     inverse = torch.where(keep, 1 / torch.where(keep, values, torch.ones_like(values)), 0)

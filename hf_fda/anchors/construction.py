@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_fda.anchors.distance import distance
 from hf_fda.blocks.capture import UnitCall
-from hf_fda.errors import RunError
+from hf_fda.errors import RunError, few
 from hf_fda.merge_methods.fda import Distance
 
 CHECK_EVERY = 10
@@ -171,14 +171,20 @@ def matched_parameters(
 
     A gradient that is zero in exact arithmetic (the key bias under softmax) is rounding noise in float32 and would
     only add noise to the cosine. In float64, on a few anchors, it stands ten orders below the others.
+
+    Raises:
+        RunError: naming the parameters, when a gradient is not finite.
     """
     names = [name for name, task in tasks.items() if bool(task.any())]
     if not names:
         return {}
     device = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
     double = [copy.deepcopy(module).to(device, torch.float64) for module in (base, source)]
-    few = x[:8].detach().to(device, torch.float64)
-    gradients = induced_gradients(double[0], double[1], call.to(torch.float64), few, names, kind)
+    sample = x[:8].detach().to(device, torch.float64)
+    gradients = induced_gradients(double[0], double[1], call.to(torch.float64), sample, names, kind)
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in zip(names, gradients, strict=True)}
+    broken = [name for name, size in sizes.items() if not math.isfinite(size)]
+    if broken:
+        raise RunError(f"the gradient of {few(broken)} is not finite; check the weights for infinities or NaN")
     floor = NO_GRADIENT * max(sizes.values())
     return {name: tasks[name] for name in names if sizes[name] > floor}

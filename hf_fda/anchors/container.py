@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors
@@ -31,6 +30,7 @@ from hf_fda.checkpoint.alignment import align, check_shapes
 from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.devices import resolve_device
 from hf_fda.errors import InputError, nearest
+from hf_fda.hub import hub_errors
 from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.merge_methods.registry import resolve_method
 from hf_fda.progress import Progress
@@ -86,6 +86,13 @@ class FunctionalDualAnchors:
             return self._units[block]
         return read_unit(self.file(block))
 
+    @property
+    def origin(self) -> str | None:
+        """The folder or dataset ("org/name@commit") they were opened from; None when they are in memory only."""
+        if self._folder is not None:
+            return str(self._folder)
+        return f"{self._repo_id}@{self._revision}" if self._repo_id is not None else None
+
     def digest(self, block: str) -> str:
         """A hash of one block's tensors (of its file's bytes, where it lies in one)."""
         if self._units is None:
@@ -100,7 +107,8 @@ class FunctionalDualAnchors:
         if self._folder is not None:
             return self._folder / unit_file(block)
         assert self._repo_id is not None
-        return Path(hf_hub_download(self._repo_id, unit_file(block), revision=self._revision, repo_type="dataset"))
+        with hub_errors(self._repo_id):
+            return Path(hf_hub_download(self._repo_id, unit_file(block), revision=self._revision, repo_type="dataset"))
 
     @classmethod
     def construct(
@@ -166,14 +174,10 @@ class FunctionalDualAnchors:
                 raise InputError(f"{text}: no {MANIFEST} in it, so it is no anchors folder")
             return cls(read_manifest(folder / MANIFEST), folder=folder)
         repo_id, _, inside = text.partition("@")
-        try:
-            commit = HfApi().dataset_info(repo_id, revision=revision or inside or None).sha
+        with hub_errors(text, "no such folder, and "):
+            api = HfApi()
+            commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision or inside or None).resolved
             path = hf_hub_download(repo_id, MANIFEST, revision=commit, repo_type="dataset")
-        except (RepositoryNotFoundError, EntryNotFoundError):
-            raise InputError(f"{text}: no such folder, and no such anchors dataset on the Hub") from None
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{text}: no such folder, and the Hub cannot be asked ({reason})") from None
         return cls(read_manifest(Path(path)), repo_id=repo_id, revision=commit)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -197,9 +201,9 @@ class FunctionalDualAnchors:
             the address of the commit.
         """
         api = HfApi(token=token)
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Add anchors"
             )

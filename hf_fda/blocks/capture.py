@@ -164,9 +164,16 @@ def _weight_hooks(
             owner, _, attribute = name.rpartition(".")
             module.get_submodule(owner)._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
+    held = set(checkpoint.names)
+
+    def weight(name: str, shape: torch.Size) -> Tensor:
+        if name not in held:  # a pooler that the files lack: what follows the blocks does not matter here
+            return torch.zeros(shape, device=device)
+        return checkpoint.read(name).to(device, torch.float32)
+
     def load(*_: Any) -> None:
         names = {name: tied.get(prefix + name, prefix + name) for name in meta}
-        set_all({name: checkpoint.read(full).to(device, torch.float32) for name, full in names.items()})
+        set_all({name: weight(full, meta[name].shape) for name, full in names.items()})
 
     def drop(*_: Any) -> None:
         set_all(dict(meta))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,7 @@ def align(base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | Model
     Raises:
         InputError: when hardly anything matches, or a shape differs (vocabularies get a message of their own).
     """
-    best: dict[str, str] = {}
-    for base_prefix in base.layout.body_prefixes:
-        for source_prefix in source.layout.body_prefixes:
-            names = _matches(base.names, source.names, base_prefix, source_prefix)
-            if len(names) > len(best):
-                best = names
+    best = match_names(base.names, base.layout.body_prefixes, source.names, source.layout.body_prefixes)
     if len(best) < len(base.names) // 2 and len(best) < len(source.names) // 2:
         raise InputError(
             f"source '{name}' ({source.id}, {source.layout.model_class.__name__}) is another architecture than the "
@@ -71,15 +66,33 @@ def align(base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | Model
     )
 
 
-def _matches(base: Iterable[str], source: Iterable[str], base_prefix: str, source_prefix: str) -> dict[str, str]:
+def match_names(
+    base: Sequence[str], base_prefixes: Sequence[str], source: Sequence[str], source_prefixes: Sequence[str]
+) -> dict[str, str]:
+    """Which of one model's tensor names mean which of another's: the pair of prefixes that matches most, one to one.
+
+    >>> match_names(["layer.weight"], [""], ["bert.layer.weight", "head.weight"], ["", "bert."])
+    {'layer.weight': 'bert.layer.weight'}
+    """
+    best: dict[str, str] = {}
+    for base_prefix in base_prefixes:
+        for source_prefix in source_prefixes:
+            names = _matches(base, source, base_prefix, source_prefix)
+            if len(names) > len(best):
+                best = names
+    return best
+
+
+def _matches(base: Sequence[str], source: Sequence[str], base_prefix: str, source_prefix: str) -> dict[str, str]:
     known = set(source)
     found = {}
     for name in base:
-        if name.startswith(base_prefix) and source_prefix + name.removeprefix(base_prefix) in known:
-            found[name] = source_prefix + name.removeprefix(base_prefix)
-        elif name in known:
-            found[name] = name  # a head outside the bare model has the same name in both
-    return found
+        other = source_prefix + name.removeprefix(base_prefix)
+        if name.startswith(base_prefix) and other in known:
+            found[name] = other
+    taken = set(found.values())
+    same = {name: name for name in base if name not in found and name in known - taken}
+    return {name: (found | same)[name] for name in base if name in found or name in same}
 
 
 def check_shapes(base: FileCheckpoint | ModelCheckpoint, source: AlignedSource, names: Iterable[str]) -> None:

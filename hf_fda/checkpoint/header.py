@@ -73,12 +73,21 @@ def _entry(path: Path, name: str, fields: dict[str, Any], offset: int) -> Tensor
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path}: the header entry of tensor '{name}' is corrupt; fetch the file again") from None
-    if dtype not in DTYPES:
-        raise InputError(f"{path}: tensor '{name}' has type {dtype}, which cannot be merged; save it as float first")
-    entry = TensorEntry(DTYPES[dtype], shape, offset + start)
+    entry = TensorEntry(known_dtype(str(path), name, dtype), shape, offset + start)
     if end - start != entry.nbytes:
         raise InputError(f"{path}: tensor '{name}' {shape} does not fill its place in the file; fetch the file again")
     return entry
+
+
+def known_dtype(where: str, name: str, dtype: str) -> torch.dtype:
+    """The torch type of a type's name in a header.
+
+    Raises:
+        InputError: when it is one that cannot be merged.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"{where}: tensor '{name}' has type {dtype}, which cannot be merged; save it as float first")
+    return DTYPES[dtype]
 
 
 def read_tensor(path: Path, entry: TensorEntry, part: slice | None = None) -> torch.Tensor:

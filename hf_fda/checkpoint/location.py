@@ -13,15 +13,16 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
-from hf_fda.checkpoint.header import DTYPES, TensorEntry, read_header
+from hf_fda.checkpoint.header import TensorEntry, known_dtype, read_header
 from hf_fda.errors import InputError
+from hf_fda.hub import UNREACHABLE, hub_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,7 +43,8 @@ class Location:
         if self.folder is not None:
             return self.folder / name
         assert self.repo_id is not None
-        return Path(hf_hub_download(self.repo_id, name, revision=self.commit))
+        with hub_errors(self.id):
+            return Path(hf_hub_download(self.repo_id, name, revision=self.commit))
 
     def json(self, name: str) -> Any:
         """A JSON file's content.
@@ -56,7 +58,8 @@ class Location:
             raise InputError(f"{self.id}: {name} is not valid JSON; fetch or save it again") from None
 
     def header(self, name: str) -> dict[str, TensorEntry]:
-        """A safetensors file's tensors. Of a Hub file that is not in the cache only the header is fetched."""
+        """A safetensors file's tensors. Of a Hub file that is not in the cache only the header is fetched, and where
+        its tensors start is not known (counted from the header's end)."""
         if self.folder is not None:
             return read_header(self.folder / name)
         assert self.repo_id is not None
@@ -64,9 +67,13 @@ class Location:
             return read_header(Path(hf_hub_download(self.repo_id, name, revision=self.commit, local_files_only=True)))
         except LocalEntryNotFoundError:
             pass
-        metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+        try:
+            with hub_errors(self.id):
+                metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+        except (SafetensorsParsingError, NotASafetensorsRepoError):
+            raise InputError(f"{self.id}: {name} on the Hub is no safetensors file, or damaged") from None
         return {
-            tensor: TensorEntry(DTYPES[info.dtype], tuple(info.shape), info.data_offsets[0])
+            tensor: TensorEntry(known_dtype(self.id, tensor, info.dtype), tuple(info.shape), info.data_offsets[0])
             for tensor, info in metadata.tensors.items()
         }
 
@@ -135,29 +142,20 @@ def locate(id: str | os.PathLike[str], revision: str | None = None) -> Location:
 
 
 def _on_hub(text: str, repo_id: str, revision: str | None) -> Location:
-    try:
-        info = HfApi().model_info(repo_id, revision=revision)
-    except RevisionNotFoundError:
-        raise InputError(f"{text}: the Hub has no revision '{revision}' of it") from None
-    except GatedRepoError:
-        raise InputError(
-            f"{text}: the repository is gated; accept its terms on the Hub and run 'hf auth login'"
-        ) from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"{text}: no such folder, and no such repository on the Hub (private? 'hf auth login')"
-        ) from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        return _in_cache(text, repo_id, revision, error)
+    api = HfApi()
+    with hub_errors(text, "no such folder, not in the cache, and "):
+        try:
+            commit = api.resolve_revision(repo_id, revision=revision).resolved  # remembered for offline use
+            info = api.model_info(repo_id, revision=commit)
+        except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
+            raise
+        except UNREACHABLE:
+            return _in_cache(text, repo_id, revision)
     names = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
     return Location(text, repo_id=repo_id, commit=info.sha, names=names)
 
 
-def _in_cache(text: str, repo_id: str, revision: str | None, error: Exception) -> Location:
-    try:
-        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{text}: no such folder, not in the cache, and the Hub cannot be asked ({reason})") from None
+def _in_cache(text: str, repo_id: str, revision: str | None) -> Location:
+    folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return Location(text, folder=folder, repo_id=repo_id, commit=folder.name, names=tuple(names))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from hf_fda.checkpoint.header import TensorEntry, read_tensor
+from hf_fda.checkpoint.header import TensorEntry, read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, TensorGroup, model_class_of
 from hf_fda.checkpoint.location import Location, locate
 from hf_fda.errors import InputError, few
@@ -82,6 +82,7 @@ class FileCheckpoint:
         self.names = tuple(name for name in self.layout.names if name in self._group_of)
         self._check_shapes()
         self._converted: dict[str, Tensor] = {}
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
 
     @property
     def config(self) -> PretrainedConfig:
@@ -118,8 +119,11 @@ class FileCheckpoint:
         return self._files.fingerprint()
 
     def _read_disk(self, name: str, part: slice | None = None) -> Tensor:
-        file, entry = self._entries[name]
-        return read_tensor(self._files.path(file), entry, part)
+        file = self._entries[name][0]
+        path = self._files.path(file)
+        if file not in self._headers:  # read again: of a file on the Hub only its entries were known so far
+            self._headers[file] = read_header(path)
+        return read_tensor(path, self._headers[file][name], part)
 
     def _check_shapes(self) -> None:
         for group in self.groups:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, ClassVar, Literal
 
 from hf_fda.errors import InputError, nearest
@@ -134,7 +136,7 @@ def coerce(field: dataclasses.Field[Any], hint: Any, value: Any, method: str) ->
         raise InputError(f"{label} must be {describe(hint)}, not {value!r}") from None
     if isinstance(result, (int, float)) and not isinstance(result, bool):
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
-        if result != result or (low is not None and result < low) or (high is not None and result > high):
+        if (low is not None and result < low) or (high is not None and result > high):
             bounds = " and ".join(
                 text for text in (low is not None and f"at least {low}", high is not None and f"at most {high}") if text
             )
@@ -164,7 +166,7 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
-        for argument in sorted(arguments, key=lambda item: item is str):  # str takes anything: try it last
+        for argument in sorted(arguments, key=lambda item: (item is str) - (item is NoneType)):  # "none" before words
             try:
                 return _convert(argument, value)
             except (TypeError, ValueError):
@@ -181,7 +183,7 @@ def _convert(hint: Any, value: Any) -> Any:
         return tuple(_convert(arguments[0], item) for item in items)
     if origin is dict:
         if isinstance(value, str):
-            value = dict(part.split("=", 1) for part in value.split(","))
+            value = dict(part.strip().split("=", 1) for part in value.split(","))
         return {str(key): _convert(arguments[1], item) for key, item in dict(value).items()}
     if hint is type(None):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
@@ -195,11 +197,11 @@ def _convert(hint: Any, value: Any) -> Any:
             raise ValueError(value)
         return words[str(value).lower()]
     if hint is int:
-        if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError(value)
         return int(value)
     if hint is float:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not math.isfinite(float(value)):
             raise ValueError(value)
         return float(value)
     if hint is str:

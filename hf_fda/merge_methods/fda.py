@@ -86,6 +86,11 @@ class FDAConfig(MethodConfig):
                 mine[role] = method_class(nested.pop("method", "")).from_options(nested)
         initial = mine.get("initial", "base")
         if others and isinstance(initial, str) and initial != "base":
+            theirs = method_class(initial).option_fields()
+            for name in others:
+                if name not in theirs:
+                    hint = nearest(name, [*own, *theirs])
+                    raise InputError(f"neither 'fda' nor its initial method '{initial}' has an option '{name}': {hint}")
             mine["initial"] = method_class(initial).from_options(others)
         elif others:
             name = next(iter(others))
@@ -101,7 +106,7 @@ class FDAConfig(MethodConfig):
             hidden_size: d of the blocks; from 1024 on a text model counts as large.
         """
         from_base = self.initial == "base"
-        large = hidden_size >= 1024
+        large = hidden_size >= 1024 and family != "vision"
         published: dict[str, Any] = {
             "unit": ("mlp",) if family == "decoder" else ("block",),
             "num_anchors": 8192 if family == "decoder" else 64,

@@ -40,7 +40,9 @@ def linear(base: Tensor, tasks: Sequence[Tensor], config: LinearConfig) -> Tenso
     Raises:
         InputError: when the weights sum to zero and are to be normalised.
     """
-    weights = config.weights if isinstance(config.weights, tuple) else (1.0,) * len(tasks)
+    if isinstance(config.weights, dict):
+        raise InputError("linear: weights by name need the names of the sources")
+    weights = (1.0,) * len(tasks) if config.weights is None else config.weights
     merged = total(weighted(tasks, weights))
     if not config.normalize:
         return merged

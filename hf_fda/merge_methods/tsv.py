@@ -47,7 +47,7 @@ def tsv(base: Tensor, tasks: Sequence[Tensor], config: TSVConfig) -> Tensor:
     if base.ndim != 2:
         return config.scaling * mean(tasks)
     full = min(base.shape)
-    kept = max(1, int(full * (config.rank_fraction or 1 / len(tasks)) + 1e-9))
+    kept = max(1, int(full * (1 / len(tasks) if config.rank_fraction is None else config.rank_fraction) + 1e-9))
     parts = [svd(task) for task in tasks]
     u = torch.cat([part[0][:, :kept] for part in parts], dim=1)
     s = torch.cat([part[1][:kept] for part in parts])

@@ -45,11 +45,14 @@ def wudi(base: Tensor, tasks: Sequence[Tensor], config: WUDIConfig) -> Tensor:
     tasks = weighted(tasks, config.source_weights())
     if base.ndim != 2:
         return config.scaling * mean(tasks)
+    work = tasks[0].dtype
+    if config.solver == "closed_form":
+        tasks = [task.double() for task in tasks]
     grams = [task.mT @ task / task.square().sum().clamp_min(torch.finfo(task.dtype).tiny) for task in tasks]
     gram = total(grams)
     target = total([task @ own for task, own in zip(tasks, grams, strict=True)])
     if config.solver == "closed_form":
-        return config.scaling * pseudo_inverse_right(target, gram)
+        return config.scaling * pseudo_inverse_right(target, gram).to(work)
     return config.scaling * _descend(total(tasks), target, gram, config.steps, config.learning_rate)
 
 

@@ -1,0 +1,713 @@
+"""Pulling from the Hub and pushing to it, against a small Hub on this machine.
+
+huggingface_hub reads its address when it is imported, so what is to talk to the fake Hub runs in a process of its own:
+`away(function, ...)` calls a function of this module there and hands back its answer or its error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+import yaml
+from conftest import TEXT, fine_tune
+from hub_server import FakeHub
+from safetensors.torch import load_file
+
+import hf_fda
+from hf_fda.anchors import UnitAnchors
+from hf_fda.checkpoint import open_checkpoint
+from hf_fda.cli import main
+from hf_fda.errors import HFFDAError
+from hf_fda.inputs import name_sources
+from hf_fda.merged import push
+
+Away = Callable[..., Any]
+
+TOKEN = "hf_of_the_tests"
+SOURCES = {"one": "org/one", "two": "org/two"}
+WEIGHTS = "model.safetensors"
+METHOD = "task_arithmetic"
+ANCHORS: dict[str, Any] = {"num_anchors": 4, "num_tokens": 2, "steps": 3, "seed": 5}
+BLOCKS = ["encoder.layer.0", "encoder.layer.1"]
+
+
+# -- what runs in the other process --------------------------------------------------------------------------------
+
+
+def guarded(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Call a function; an error that is none of ours comes back as a failed assertion with its whole story."""
+    try:
+        return function(*arguments, **options)
+    except HFFDAError:
+        raise
+    except BaseException:
+        raise AssertionError(traceback.format_exc()) from None
+
+
+def plan(base: str, sources: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    """A plan's record of itself."""
+    return hf_fda.plan(base, sources, output=folder, device="cpu", **options).arguments
+
+
+def merge(base: str, sources: Any, folder: Path, **options: Any) -> Path:
+    """A merge's folder."""
+    return hf_fda.merge(base, sources, output=folder, device="cpu", quiet=True, **{"method": METHOD, **options}).folder
+
+
+def load(source: str | Path, task: str | None = None, revision: str | None = None) -> dict[str, str]:
+    """A merged model's class and its tensors, each as a hash of its bits."""
+    model = hf_fda.load(source, task, revision)
+    hashes = {name: hash_of(tensor) for name, tensor in model.state_dict().items()}
+    return {"class": type(model).__name__, "training": str(model.training), **hashes}
+
+
+def upload(folder: Path, id: str, **options: Any) -> str:
+    """The address of a pushed merge."""
+    return hf_fda.Merged(folder).push_to_hub(id, **options)
+
+
+def command(*words: str) -> tuple[int, str, str]:
+    """A command line's exit status and what it says."""
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        status = main(words)
+    return status, said.getvalue(), complained.getvalue()
+
+
+def tensors(id: str, *names: str) -> dict[str, str]:
+    """Some tensors of a checkpoint, each as a hash of its bits."""
+    checkpoint = open_checkpoint(id)
+    return {name: hash_of(checkpoint.read(name)) for name in names}
+
+
+def anchors_pushed(folder: Path, id: str) -> str:
+    """The address of pushed anchors."""
+    return hf_fda.FunctionalDualAnchors.from_pretrained(folder).push_to_hub(id)
+
+
+def anchors_opened(id: str, *blocks: str, revision: str | None = None) -> tuple[list[str], dict[str, list[Any]]]:
+    """The names of all blocks of anchors, and the content of some."""
+    anchors = hf_fda.FunctionalDualAnchors.from_pretrained(id, revision)
+    return anchors.blocks, {block: facts_of(anchors[block]) for block in blocks}
+
+
+def merge_anchors(base: str, ids: list[str], folder: Path) -> Path:
+    """A merge of anchors alone."""
+    opened = {f"task{number}": hf_fda.FunctionalDualAnchors.from_pretrained(id) for number, id in enumerate(ids)}
+    return hf_fda.merge(base, opened, output=folder, device="cpu", quiet=True, epochs=2).folder
+
+
+def hash_of(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's type, shape and bits."""
+    facts = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return hashlib.sha256(facts + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def facts_of(unit: UnitAnchors) -> list[Any]:
+    """One block's anchors as plain values."""
+    return [hash_of(unit.anchors), hash_of(unit.targets), unit.loss, unit.steps]
+
+
+# -- the fake Hub and the processes that talk to it -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process(**environment: str) -> Iterator[Away]:
+    """A process with its own environment."""
+    context = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
+                patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        pool = ProcessPoolExecutor(1, mp_context=context)
+        pool.submit(os.getpid).result()
+    with pool:
+        yield lambda function, *arguments, **options: pool.submit(guarded, function, arguments, options).result()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes keep what they have downloaded."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeHub]:
+    hub = FakeHub()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture(scope="module")
+def environment(server: FakeHub, home: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def away(environment: dict[str, str]) -> Iterator[Away]:
+    with process(**environment) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def offline(environment: dict[str, str]) -> Iterator[Away]:
+    """As `away`, with the same cache, but told not to ask the Hub."""
+    with process(**environment | {"HF_HUB_OFFLINE": "1"}) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base ("base", and its first version "base-v1") and two classifiers fine-tuned from that, about 1 MB each."""
+    folder = tmp_path_factory.mktemp("models")
+    config = t.BertConfig(**TEXT | {"vocab_size": 8000}, max_position_embeddings=40)
+    torch.manual_seed(0)
+    first = t.BertModel(config).eval()
+    places = {"base-v1": first, "base": fine_tune(first, seed=9)}
+    for seed, (name, labels) in enumerate({"one": 2, "two": 3}.items(), 1):
+        changed = copy.deepcopy(config)
+        changed.num_labels = labels
+        torch.manual_seed(seed)
+        places[name] = t.BertForSequenceClassification(changed).eval()
+        places[name].bert.load_state_dict(fine_tune(first, seed=seed).state_dict())
+    for name, model in places.items():
+        model.save_pretrained(folder / name)
+        licence = "mit" if name == "two" else "apache-2.0"
+        (folder / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n# {name}\n", encoding="utf-8")
+    (folder / "base-v1" / "vocab.txt").write_text("[PAD]\n[UNK]\nword\n", encoding="utf-8")
+    return {name: folder / name for name in places}
+
+
+@pytest.fixture
+def hub(server: FakeHub, home: Path, folders: dict[str, Path]) -> Iterator[FakeHub]:
+    """The Hub with org/base (tag v1, then main), org/one and org/two, and nothing downloaded yet."""
+    shutil.rmtree(home / "hub", ignore_errors=True)
+    server.clear()
+    server.publish("org/base", folders["base-v1"], revision="v1")
+    server.publish("org/base", folders["base"])
+    for name in SOURCES:
+        server.publish(f"org/{name}", folders[name])
+    yield server
+    server.stop()
+    server.start()
+
+
+def commit_of(hub: FakeHub, id: str, revision: str = "main", kind: str = "models") -> str:
+    return hub.repositories[kind, id].find(revision)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Weights and heads of a merged folder by path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("model*.safetensors")}
+
+
+@pytest.fixture
+def merged(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A finished merge of the local folders."""
+    return merge(str(folders["base-v1"]), {name: folders[name] for name in SOURCES}, tmp_path / "merged")
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_from_hub_ids_fetches_configurations_and_headers_only(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    arguments = away(plan, "org/base@v1", ["org/one", "org/two"], tmp_path / "out")
+    assert arguments["method"] == "fda"
+    assert arguments["base"] == f"org/base@{commit_of(hub, 'org/base', 'v1')}"
+    assert arguments["sources"] == {name: f"{id}@{commit_of(hub, id)}" for name, id in SOURCES.items()}
+    ids = ["org/base", *SOURCES.values()]
+    assert {name for name in hub.served if not name.endswith("README.md")} == {
+        f"{id}/{name}" for id in ids for name in ("config.json", WEIGHTS)
+    }
+    for id in ids:
+        whole = len(hub.files(id, "v1" if id == "org/base" else "main")[WEIGHTS])
+        assert whole > 1_000_000
+        assert hub.served[f"{id}/{WEIGHTS}"] < whole / 8
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_of_a_list_are_named_after_their_repositories_whatever_the_revision() -> None:
+    ids = ["org/one@v1", "org/two@refs/pr/1", "plain@feature/x"]
+    assert list(name_sources(ids)) == ["one", "two", "plain"]
+
+
+# -- merge -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_from_hub_ids_equals_that_of_the_folders(
+    hub: FakeHub, away: Away, merged: Path, tmp_path: Path
+) -> None:
+    pulled = away(merge, "org/base@v1", SOURCES, tmp_path / "pulled")
+    assert set(contents(pulled)) == {WEIGHTS, f"task_heads/one/{WEIGHTS}", f"task_heads/two/{WEIGHTS}"}
+    assert contents(pulled) == contents(merged)
+    for name in ("config.json", "vocab.txt", "task_heads/one/config.json"):
+        assert (pulled / name).read_bytes() == (merged / name).read_bytes()
+    recorded = yaml.safe_load((pulled / "merge_config.yaml").read_text(encoding="utf-8"))
+    assert recorded["base"] == f"org/base@{commit_of(hub, 'org/base', 'v1')}"
+    assert recorded["sources"] == {name: f"{id}@{commit_of(hub, id)}" for name, id in SOURCES.items()}
+
+
+def test_a_merge_by_anchors_from_hub_ids_equals_that_of_the_folders(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**ANCHORS, "method": "fda", "epochs": 2}
+    local = merge(str(folders["base-v1"]), {"one": folders["one"]}, tmp_path / "local", **options)
+    pulled = away(merge, "org/base@v1", {"one": "org/one"}, tmp_path / "pulled", **options)
+    assert contents(pulled) == contents(local)
+
+
+@pytest.mark.parametrize(
+    ("revision", "folder"), [("", "base"), ("@main", "base"), ("@v1", "base-v1"), ("@feature/x", "base-v1")]
+)
+def test_the_revision_in_an_id_picks_its_weights(
+    revision: str, folder: str, hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.repositories["models", "org/base"].refs["feature/x"] = commit_of(hub, "org/base", "v1")
+    local = merge(str(folders[folder]), {"one": folders["one"]}, tmp_path / "local")
+    pulled = away(merge, f"org/base{revision}", {"one": "org/one"}, tmp_path / "pulled")
+    assert contents(pulled) == contents(local)
+
+
+def test_what_merge_config_records_makes_the_same_merge_after_the_repositories_moved_on(
+    hub: FakeHub, away: Away, folders: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    first = away(merge, "org/base@v1", {"one": "org/one"}, tmp_path / "first")
+    hub.publish("org/base", folders["base"], revision="v1")
+    hub.publish("org/one", folders["two"])
+    shutil.rmtree(home / "hub")
+    words = ("merge", str(first / "merge_config.yaml"), "--output", str(tmp_path / "again"), "--quiet")
+    assert away(command, *words) == (0, "", "")
+    assert contents(tmp_path / "again") == contents(first)
+    assert (tmp_path / "again" / "merge_config.yaml").read_text() == (first / "merge_config.yaml").read_text()
+
+
+def test_the_card_lists_the_hub_names_commits_and_licences(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    pulled = away(merge, "org/base@v1", SOURCES, tmp_path / "pulled")
+    card = (pulled / "README.md").read_text(encoding="utf-8")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["base_model"] == ["org/base", "org/one", "org/two"]
+    assert metadata["base_model_relation"] == "merge"
+    assert "license" not in metadata
+    assert "the models' licences differ (apache-2.0, mit)" in card
+    assert f"| `two` | org/two@{commit_of(hub, 'org/two')} | mit |" in card
+
+
+def test_one_licence_of_all_models_becomes_that_of_the_merge(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    pulled = away(merge, "org/base@v1", {"one": "org/one"}, tmp_path / "pulled")
+    metadata = yaml.safe_load((pulled / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert metadata["license"] == "apache-2.0"
+
+
+def test_a_repository_without_an_organisation_is_listed_too(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.publish("plain-bert", folders["base-v1"])
+    pulled = away(merge, "plain-bert", {"one": "org/one"}, tmp_path / "pulled")
+    metadata = yaml.safe_load((pulled / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert metadata["base_model"] == ["plain-bert", "org/one"]
+
+
+def test_a_second_merge_downloads_nothing_again(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    first = away(merge, "org/base@v1", SOURCES, tmp_path / "first")
+    assert hub.served[f"org/base/{WEIGHTS}"] > 1_000_000
+    hub.forget_traffic()
+    second = away(merge, "org/base@v1", SOURCES, tmp_path / "second")
+    assert not hub.served
+    assert contents(second) == contents(first)
+
+
+def test_only_the_shards_that_are_read_are_downloaded(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = t.BertModel.from_pretrained(folders["base"])
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    hub.publish("org/sharded", tmp_path / "sharded")
+    placed = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(placed.values())) > 1
+    name = "encoder.layer.1.output.dense.weight"
+    assert away(tensors, "org/sharded", name) == {name: hash_of(model.state_dict()[name])}
+    sizes = {file: len(data) for file, data in hub.files("org/sharded").items() if file.endswith(".safetensors")}
+    whole = [file for file, size in sizes.items() if hub.served[f"org/sharded/{file}"] >= size > 110_000]
+    assert whole == ([placed[name]] if sizes[placed[name]] > 110_000 else [])
+    assert hub.asked.count(f"GET /org/sharded/resolve/{commit_of(hub, 'org/sharded')}/{placed[name]}") == 2
+    for file in sizes.keys() - {placed[name]}:
+        assert hub.asked.count(f"GET /org/sharded/resolve/{commit_of(hub, 'org/sharded')}/{file}") == 1
+
+
+def test_code_that_comes_with_a_checkpoint_is_that_of_the_pinned_commit(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(folders["base-v1"], own)
+    facts = json.loads((own / "config.json").read_text())
+    facts |= {"architectures": ["OwnBert"], "auto_map": {"AutoModel": "modeling_own.OwnBert"}}
+    (own / "config.json").write_text(json.dumps(facts))
+    code = "from transformers import BertModel\n\n\nclass OwnBert(BertModel):\n    pass\n"
+    (own / "modeling_own.py").write_text(code)
+    hub.publish("org/own", own, revision="v1")
+    (own / "modeling_own.py").write_text("raise RuntimeError('code of another commit')\n")
+    hub.publish("org/own", own)
+    arguments = away(plan, "org/own@v1", {"one": "org/own@v1"}, tmp_path / "out", method=METHOD, trust_remote_code=True)
+    assert arguments["base"] == f"org/own@{commit_of(hub, 'org/own', 'v1')}"
+    with pytest.raises(hf_fda.InputError, match="trust_remote_code"):
+        away(plan, "org/own@v1", {"one": "org/own@v1"}, tmp_path / "out", method=METHOD)
+
+
+# -- what cannot be had ----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_repository_is_refused_by_name(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    with pytest.raises(hf_fda.InputError, match=r"base: org/nothing: .*no such repository.*hf auth login"):
+        away(plan, "org/nothing", SOURCES, tmp_path / "out")
+    with pytest.raises(hf_fda.InputError, match=r"source 'two': org/nothing: .*no such repository.*hf auth login"):
+        away(plan, "org/base", {"one": "org/one", "two": "org/nothing"}, tmp_path / "out")
+
+
+def test_an_unknown_revision_is_refused_by_name(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    with pytest.raises(hf_fda.InputError, match=r"base: org/base@v7: .*no .*revision"):
+        away(plan, "org/base@v7", SOURCES, tmp_path / "out")
+
+
+def test_a_gated_repository_is_refused_with_the_way_in(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    hub.repositories["models", "org/two"].gated = True
+    with pytest.raises(hf_fda.InputError, match=r"source 'two': org/two: .*gated; accept its terms.*hf auth login"):
+        away(plan, "org/base", SOURCES, tmp_path / "out")
+
+
+def test_a_repository_without_weights_says_so(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["base"], tmp_path / "bare", ignore=shutil.ignore_patterns(WEIGHTS))
+    hub.publish("org/bare", tmp_path / "bare")
+    with pytest.raises(hf_fda.InputError, match=f"base: org/bare: no {WEIGHTS}"):
+        away(plan, "org/bare", SOURCES, tmp_path / "out")
+
+
+def test_a_damaged_weight_file_is_refused_by_name(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["base"], tmp_path / "damaged")
+    (tmp_path / "damaged" / WEIGHTS).write_bytes(b"<html>not found</html>")
+    hub.publish("org/damaged", tmp_path / "damaged")
+    with pytest.raises(hf_fda.InputError, match=f"base: org/damaged: .*{WEIGHTS}"):
+        away(plan, "org/damaged", SOURCES, tmp_path / "out")
+
+
+def test_tensors_of_an_unknown_type_are_refused_by_name(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["base"], tmp_path / "odd")
+    data = (tmp_path / "odd" / WEIGHTS).read_bytes()
+    (tmp_path / "odd" / WEIGHTS).write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"F99"', 1))
+    hub.publish("org/odd", tmp_path / "odd")
+    with pytest.raises(hf_fda.InputError, match=r"base: org/odd: .*F99"):
+        away(plan, "org/odd", SOURCES, tmp_path / "out")
+
+
+def test_a_hub_that_is_down_is_named_when_nothing_is_cached(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    hub.stop()
+    with pytest.raises(hf_fda.InputError, match=r"base: org/base@v1: .*not in the cache.*[Cc]onnect"):
+        away(plan, "org/base@v1", SOURCES, tmp_path / "out")
+
+
+def test_offline_mode_is_named_when_nothing_is_cached(hub: FakeHub, offline: Away, tmp_path: Path) -> None:
+    with pytest.raises(hf_fda.InputError, match=r"base: org/base@v1: .*not in the cache.*HF_HUB_OFFLINE"):
+        offline(plan, "org/base@v1", SOURCES, tmp_path / "out")
+    assert not hub.asked
+
+
+def test_what_is_cached_is_merged_while_the_hub_is_down(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    first = away(merge, "org/base@v1", SOURCES, tmp_path / "first")
+    hub.stop()
+    second = away(merge, "org/base@v1", SOURCES, tmp_path / "second")
+    assert contents(second) == contents(first)
+    assert (second / "README.md").read_text() == (first / "README.md").read_text()
+    assert (second / "merge_config.yaml").read_text() == (first / "merge_config.yaml").read_text()
+
+
+def test_what_is_cached_is_merged_offline(hub: FakeHub, away: Away, offline: Away, tmp_path: Path) -> None:
+    first = away(merge, "org/base@v1", SOURCES, tmp_path / "first")
+    hub.forget_traffic()
+    second = offline(merge, "org/base@v1", SOURCES, tmp_path / "second")
+    assert contents(second) == contents(first)
+    assert (second / "merge_config.yaml").read_text() == (first / "merge_config.yaml").read_text()
+    assert not hub.asked
+
+
+def test_an_interrupted_download_is_not_taken_for_a_checkpoint_offline(
+    hub: FakeHub, away: Away, offline: Away, tmp_path: Path
+) -> None:
+    away(plan, "org/base@v1", SOURCES, tmp_path / "out")
+    with pytest.raises(hf_fda.InputError, match=r"base: org/base@v1: .*cache"):
+        offline(plan, "org/base@v1", SOURCES, tmp_path / "out")
+
+
+def test_a_finished_merge_is_not_made_again_offline(hub: FakeHub, away: Away, offline: Away, tmp_path: Path) -> None:
+    folder = away(merge, "org/base@v1", SOURCES, tmp_path / "out")
+    before = (folder / WEIGHTS).stat().st_mtime_ns
+    offline(merge, "org/base@v1", SOURCES, folder)
+    assert (folder / WEIGHTS).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "README.md"])  # the first and the last that a merge asks for
+def test_a_download_that_fails_on_the_way_is_named_and_the_same_call_goes_on(
+    file: str, hub: FakeHub, away: Away, merged: Path, tmp_path: Path
+) -> None:
+    hub.refused.add(f"org/two/{file}")
+    with pytest.raises(hf_fda.RunError, match=rf"org/two.*{file}"):
+        away(merge, "org/base@v1", SOURCES, tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / "config.json").exists()
+    hub.refused.clear()
+    assert contents(away(merge, "org/base@v1", SOURCES, tmp_path / "pulled")) == contents(merged)
+
+
+# -- push a merge, and load it from the Hub --------------------------------------------------------------------------
+
+
+def test_a_pushed_merge_holds_the_folder_but_not_its_cache(hub: FakeHub, away: Away, merged: Path) -> None:
+    address = away(upload, merged, "me/merged", private=True)
+    repository = hub.repositories["models", "me/merged"]
+    assert repository.private
+    assert hub.tokens == {TOKEN}
+    assert address == f"{hub.endpoint}/me/merged/commit/{repository.refs['main']}"
+    files = {name: data for name, data in hub.files("me/merged").items() if name != ".gitattributes"}
+    own = [path.relative_to(merged).as_posix() for path in merged.rglob("*") if path.is_file()]
+    assert any(name.startswith(".cache/") for name in own)
+    assert set(files) == {name for name in own if not name.startswith(".cache/")}
+    assert set(files) >= {"README.md", "config.json", WEIGHTS, "merge_config.yaml", "task_heads/one/config.json"}
+    assert all(data == (merged / name).read_bytes() for name, data in files.items())
+
+
+@pytest.mark.parametrize("task", [None, "one", "two"])
+def test_a_pushed_merge_loads_as_the_folder_does(task: str | None, hub: FakeHub, away: Away, merged: Path) -> None:
+    away(upload, merged, "me/merged")
+    assert away(load, "me/merged", task) == load(merged, task)
+    if task == "one":
+        assert f"me/merged/task_heads/two/{WEIGHTS}" not in hub.served
+
+
+def test_a_pushed_merge_loads_while_the_hub_is_down_once_it_is_cached(hub: FakeHub, away: Away, merged: Path) -> None:
+    away(upload, merged, "me/merged")
+    first = away(load, "me/merged", "one")
+    hub.stop()
+    assert away(load, "me/merged", "one") == first
+    with pytest.raises(hf_fda.InputError, match=r"me/merged.*two"):
+        away(load, "me/merged", "two")
+
+
+def test_a_revision_pins_what_is_loaded(
+    hub: FakeHub, away: Away, merged: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    away(upload, merged, "me/merged")
+    first = commit_of(hub, "me/merged")
+    other = merge(str(folders["base-v1"]), {"one": folders["one"]}, tmp_path / "other")
+    away(upload, other, "me/merged")
+    assert away(load, f"me/merged@{first}", "one") == away(load, "me/merged", "one", first) == load(merged, "one")
+    assert away(load, "me/merged", "one") == load(other, "one") != load(merged, "one")
+
+
+def test_loading_an_unknown_task_from_the_hub_lists_the_known_ones(hub: FakeHub, away: Away, merged: Path) -> None:
+    away(upload, merged, "me/merged")
+    with pytest.raises(hf_fda.InputError, match=r"me/merged: .*'tow'.*did you mean 'two'"):
+        away(load, "me/merged", "tow")
+
+
+def test_pushing_a_merge_again_removes_what_it_no_longer_has(
+    hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    base, sources = str(folders["base-v1"]), {name: folders[name] for name in SOURCES}
+    sharded = merge(base, sources, tmp_path / "sharded", max_shard_bytes=200_000)
+    away(upload, sharded, "me/merged")
+    assert "model.safetensors.index.json" in hub.files("me/merged")
+    whole = merge(base, {"one": folders["one"]}, tmp_path / "whole")
+    away(upload, whole, "me/merged")
+    assert {name for name in hub.files("me/merged") if name.endswith(".safetensors")} == set(contents(whole))
+    assert away(load, "me/merged", "one") == load(whole, "one")
+
+
+def test_the_push_command_prints_the_address(hub: FakeHub, away: Away, merged: Path) -> None:
+    for _ in range(2):  # the second time the repository is there and nothing has changed
+        status, said, complained = away(command, "push", str(merged), "me/merged")
+        assert (status, complained) == (0, "")
+        assert said == f"{hub.endpoint}/me/merged/commit/{commit_of(hub, 'me/merged')}\n"
+    assert not hub.repositories["models", "me/merged"].private
+
+
+def test_a_push_to_a_revision_makes_that_branch(hub: FakeHub, away: Away, merged: Path) -> None:
+    status, _, complained = away(command, "push", str(merged), "me/merged", "--revision", "try-2", "--private")
+    assert (status, complained) == (0, "")
+    assert hub.repositories["models", "me/merged"].private
+    assert WEIGHTS in hub.files("me/merged", "try-2")
+    assert WEIGHTS not in hub.files("me/merged")
+    assert away(load, "me/merged@try-2", "two") == load(merged, "two")
+
+
+def test_a_push_uses_the_token_that_it_is_given(hub: FakeHub, away: Away, merged: Path) -> None:
+    away(upload, merged, "me/merged", token="hf_another")
+    assert hub.tokens == {"hf_another"}
+
+
+def test_a_folder_that_is_no_finished_merge_is_not_pushed(
+    hub: FakeHub, away: Away, merged: Path, folders: dict[str, Path]
+) -> None:
+    (merged / "config.json").unlink()
+    for folder in (merged, folders["base"]):
+        with pytest.raises(hf_fda.InputError, match=f"{folder}: neither a finished merge nor anchors"):
+            away(upload, folder, "me/merged")
+        status, said, complained = away(command, "push", str(folder), "me/merged")
+        assert (status, said) == (2, "")
+        assert complained.startswith(f"hf-fda: {folder}: neither")
+    assert ("models", "me/merged") not in hub.repositories
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("id", ["me/na me", "me/a/b", "me--x"])
+def test_a_push_to_what_is_no_hub_name_is_refused(id: str, hub: FakeHub, away: Away, merged: Path) -> None:
+    with pytest.raises(hf_fda.InputError, match=id):
+        away(push, merged, id)
+    assert not hub.asked
+
+
+def test_a_push_to_a_hub_that_is_down_says_so(hub: FakeHub, away: Away, merged: Path) -> None:
+    hub.stop()
+    with pytest.raises(HFFDAError, match="me/merged"):
+        away(upload, merged, "me/merged")
+    status, said, complained = away(command, "push", str(merged), "me/merged")
+    assert status in (1, 2)
+    assert not said
+    assert complained.startswith("hf-fda: ") and "me/merged" in complained
+    assert complained.count("\n") == 1
+
+
+def test_a_push_that_the_hub_refuses_says_so(hub: FakeHub, away: Away, merged: Path) -> None:
+    hub.read_only = True
+    with pytest.raises(HFFDAError, match=r"me/merged.*hf auth login"):
+        away(upload, merged, "me/merged")
+
+
+# -- anchors as datasets ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def anchors(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Anchors folders of both sources."""
+    folder = tmp_path_factory.mktemp("anchors")
+    for name in SOURCES:
+        where, output = folders[name], folder / name
+        hf_fda.FunctionalDualAnchors.construct(
+            folders["base-v1"], where, device="cpu", output=output, quiet=True, **ANCHORS
+        )
+    return {name: folder / name for name in SOURCES}
+
+
+def local_anchors(folder: Path) -> dict[str, list[Any]]:
+    opened = hf_fda.FunctionalDualAnchors.from_pretrained(folder)
+    return {block: facts_of(opened[block]) for block in opened}
+
+
+def test_pushed_anchors_are_a_dataset_that_is_read_block_by_block(
+    hub: FakeHub, away: Away, anchors: dict[str, Path]
+) -> None:
+    address = away(anchors_pushed, anchors["one"], "me/anchors")
+    sha = commit_of(hub, "me/anchors", kind="datasets")
+    assert address == f"{hub.endpoint}/datasets/me/anchors/commit/{sha}"
+    files = {f"blocks/{block}.safetensors" for block in BLOCKS}
+    names = set(hub.files("me/anchors", kind="datasets")) - {".gitattributes"}
+    assert names == {"README.md", "anchors.json", "index/anchors.parquet", *files}
+
+    local = local_anchors(anchors["one"])
+    assert away(anchors_opened, "me/anchors") == (BLOCKS, {})
+    assert set(hub.served) == {"me/anchors/anchors.json"}
+    assert away(anchors_opened, "me/anchors", BLOCKS[1]) == (BLOCKS, {BLOCKS[1]: local[BLOCKS[1]]})
+    assert set(hub.served) == {"me/anchors/anchors.json", f"me/anchors/blocks/{BLOCKS[1]}.safetensors"}
+    assert away(anchors_opened, "me/anchors", *BLOCKS) == (BLOCKS, local)
+
+
+def test_a_revision_pins_anchors(hub: FakeHub, away: Away, anchors: dict[str, Path]) -> None:
+    away(anchors_pushed, anchors["one"], "me/anchors")
+    first = commit_of(hub, "me/anchors", kind="datasets")
+    away(anchors_pushed, anchors["two"], "me/anchors")
+    one, two = (BLOCKS, local_anchors(anchors["one"])), (BLOCKS, local_anchors(anchors["two"]))
+    assert away(anchors_opened, f"me/anchors@{first}", *BLOCKS) == one
+    assert away(anchors_opened, "me/anchors", *BLOCKS, revision=first) == one
+    assert away(anchors_opened, "me/anchors", *BLOCKS) == two != one
+
+
+def test_the_push_command_makes_an_anchors_folder_a_dataset(hub: FakeHub, away: Away, anchors: dict[str, Path]) -> None:
+    status, said, _ = away(command, "push", str(anchors["one"]), "me/anchors")
+    sha = commit_of(hub, "me/anchors", kind="datasets")
+    assert (status, said) == (0, f"{hub.endpoint}/datasets/me/anchors/commit/{sha}\n")
+    assert not any(name.startswith(".cache/") for name in hub.files("me/anchors", kind="datasets"))
+    assert away(anchors_opened, "me/anchors", *BLOCKS) == (BLOCKS, local_anchors(anchors["one"]))
+
+
+def test_anchors_from_the_hub_merge_as_those_of_the_folders_do(
+    hub: FakeHub, away: Away, anchors: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, folder in anchors.items():
+        away(anchors_pushed, folder, f"me/{name}")
+    pulled = away(merge_anchors, "org/base@v1", ["me/one", "me/two"], tmp_path / "pulled")
+    local = merge_anchors(str(folders["base-v1"]), [str(folder) for folder in anchors.values()], tmp_path / "local")
+    assert contents(pulled) == contents(local)
+
+
+def test_cached_anchors_are_read_while_the_hub_is_down_and_offline(
+    hub: FakeHub, away: Away, offline: Away, anchors: dict[str, Path]
+) -> None:
+    away(anchors_pushed, anchors["one"], "me/anchors")
+    first = away(anchors_opened, "me/anchors", *BLOCKS)
+    assert offline(anchors_opened, "me/anchors", *BLOCKS) == first
+    hub.stop()
+    assert away(anchors_opened, "me/anchors", *BLOCKS) == first
+
+
+def test_anchors_that_cannot_be_had_are_refused_by_name(
+    hub: FakeHub, away: Away, offline: Away, anchors: dict[str, Path]
+) -> None:
+    away(anchors_pushed, anchors["one"], "me/anchors")
+    hub.publish("me/others", anchors["one"] / "blocks", kind="datasets")
+    for id, why in {
+        "me/nothing": "no such",
+        "me/others": "anchors.json",
+        "me/anchors@v7": "no .*revision",
+        "no/such/folder": "no such folder",
+    }.items():
+        with pytest.raises(hf_fda.InputError, match=f"{id}: .*{why}"):
+            away(anchors_opened, id)
+    with pytest.raises(hf_fda.InputError, match=r"me/anchors: .*HF_HUB_OFFLINE"):
+        offline(anchors_opened, "me/anchors")
+    hub.repositories["datasets", "me/anchors"].gated = True
+    with pytest.raises(hf_fda.InputError, match=r"me/anchors: .*gated.*hf auth login"):
+        away(anchors_opened, "me/anchors")
+    hub.stop()
+    with pytest.raises(hf_fda.InputError, match=r"me/anchors: .*Hub cannot be asked"):
+        away(anchors_opened, "me/anchors")
+
+
+def test_the_whole_of_a_hub_model_equals_its_file(hub: FakeHub, away: Away, folders: dict[str, Path]) -> None:
+    stored = {name: hash_of(tensor) for name, tensor in load_file(folders["base"] / WEIGHTS).items()}
+    assert away(tensors, "org/base", *stored) == stored

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from hf_fda.anchors import FunctionalDualAnchors
     from hf_fda.errors import HFFDAError, InputError, RunError
     from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
-    from hf_fda.merged import Merged, load, push
+    from hf_fda.merged import Merged, load
     from hf_fda.merging import merge
     from hf_fda.planning import plan
     from hf_fda.plans import Plan
+    from hf_fda.pushing import push
 
 _PLACES = {
     "FDAConfig": "hf_fda.merge_methods",
@@ -32,7 +33,7 @@ _PLACES = {
     "merge": "hf_fda.merging",
     "methods": "hf_fda.merge_methods",
     "plan": "hf_fda.planning",
-    "push": "hf_fda.merged",
+    "push": "hf_fda.pushing",
 }
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,6 @@ from hf_fda.version import versions
 
 if TYPE_CHECKING:
     from hf_fda.anchors.container import AnchorsInfo
-
-HUB_ID_PARTS = 2
 
 
 @cache
@@ -111,9 +110,9 @@ def output_licence(licences: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def hub_name(id: str) -> str | None:
-    """The Hub name in an id such as "org/name@commit"; None for a folder."""
-    name, at, _ = id.partition("@")
-    return name if at and name.count("/") == HUB_ID_PARTS - 1 else None
+    """The Hub name in a recorded id, "org/name@commit" with the whole commit hash; None for a folder."""
+    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@[0-9a-f]{40}", id)
+    return match[1] if match else None
 
 
 def _render(template: str, metadata: Mapping[str, Any], **values: Any) -> str:

@@ -85,7 +85,7 @@ def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> Non
 
 
 def _push(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
-    from hf_fda.merged import push
+    from hf_fda.pushing import push
 
     address = push(arguments.folder, arguments.repo_id, private=arguments.private or None, revision=arguments.revision)
     print(address)

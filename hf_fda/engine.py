@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ from hf_fda.blocks import Unit
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard, save_tensors
-from hf_fda.errors import RunError
+from hf_fda.errors import InputError, RunError
 from hf_fda.inputs import Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.planning import check_disk, out_dtype
@@ -46,7 +47,10 @@ def run(plan: Plan, quiet: bool = False) -> Path:
     """
     check_disk(plan)
     with Progress(len(plan.constructions) + len(plan.units) + len(plan.shards), quiet) as progress:
-        Engine(plan, progress).merge()
+        try:
+            Engine(plan, progress).merge()
+        except InputError as error:  # an input that was whole when the plan was made: a download that broke off
+            raise RunError(f"{error}; the same call goes on from here") from None
     return plan.output
 
 
@@ -63,6 +67,7 @@ class Engine:
         self.base = plan.inputs.base
         self.store = Store(plan.output)
         self._finished: dict[str, bool] = {}
+        self._moved: dict[str, bool] = {}
 
     def merge(self) -> None:
         """Construct, adapt, assemble, publish."""
@@ -77,6 +82,15 @@ class Engine:
         for shard in self.plan.shards:
             self._assemble(shard)
         publish(self.plan, self.store)
+        self._warn_of_equals()
+
+    def _note_move(self, source: str, moved: Callable[[], bool]) -> None:
+        """Remember whether a source was seen to differ from the base; asks no more once it was."""
+        self._moved[source] = self._moved.get(source, False) or moved()
+
+    def _warn_of_equals(self) -> None:
+        for name in (name for name, moved in self._moved.items() if not moved):
+            logger.warning("source '%s' equals the base in all that was merged: its task vector is zero", name)
 
     # -- anchors ---------------------------------------------------------------------------------------------------
 
@@ -109,6 +123,7 @@ class Engine:
             found = source.anchors[unit.name]
         else:
             found = read_unit(self.plan.output / "anchors" / source.name / unit_file(unit.name))
+        self._note_move(source.name, lambda: bool(found.cosines))
         return found.anchors.to(self.plan.device), found.targets.to(self.plan.device)
 
     # -- adaptation ------------------------------------------------------------------------------------------------
@@ -279,4 +294,6 @@ class Engine:
     def _task(self, source: AlignedSource, name: str, base: Tensor, part: slice | None) -> Tensor:
         if name not in source.tensor_of:
             return torch.zeros_like(base)
-        return source.read(name, part).to(base.device, base.dtype).sub_(base)
+        task = source.read(name, part).to(base.device, base.dtype).sub_(base)
+        self._note_move(source.name, lambda: bool(task.any()))
+        return task

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
@@ -24,13 +24,15 @@ UNREACHABLE = (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolution
 
 
 @contextmanager
-def hub_errors(id: str, prefix: str = "") -> Iterator[None]:
+def hub_errors(id: str, prefix: str = "", file: str = "") -> Iterator[None]:
     """Translate what the Hub's client raises into `InputError`.
 
     Args:
         id: the repository as the user wrote it.
         prefix: said before the reason, such as "no such folder, and ".
+        file: the file that is asked for, if it is one.
     """
+    where = f"{id}: {file}: " if file else f"{id}: "
     try:
         yield
     except RevisionNotFoundError:
@@ -43,12 +45,21 @@ def hub_errors(id: str, prefix: str = "") -> Iterator[None]:
         raise InputError(
             f"{id}: {prefix}no such repository on the Hub (if it is private, run 'hf auth login')"
         ) from None
+    except RemoteEntryNotFoundError:
+        raise InputError(f"{where}not in the repository on the Hub") from None
     except HFValidationError as error:
         raise InputError(f"{id}: {prefix}not a Hub id ({first_line(error)})") from None
     except UNREACHABLE as error:
-        raise InputError(f"{id}: {prefix}the Hub cannot be asked ({first_line(error)})") from None
-    except EntryNotFoundError as error:
-        raise InputError(f"{id}: a file is missing on the Hub ({first_line(error)})") from None
+        raise InputError(f"{where}{_unanswered(error, prefix)}") from None
+
+
+def _unanswered(error: BaseException, prefix: str) -> str:
+    """Why the Hub gave no answer: it refuses, or it cannot be asked."""
+    cause = error.__cause__ or error  # the client wraps what really happened
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the Hub refuses it ({status}); run 'hf auth login' with a token that has the right to it"
+    return f"{prefix}the Hub cannot be asked ({first_line(cause)})"
 
 
 def first_line(error: BaseException) -> str:

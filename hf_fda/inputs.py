@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_fda.anchors.container import FunctionalDualAnchors
+from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
 from hf_fda.anchors.files import MANIFEST
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
@@ -89,9 +89,7 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
     check_shapes(base, aligned, [own for own in aligned.tensor_of if not _is_head(base, aligned, own)])
     own_anchors = None
     if anchors is not None:
-        own_anchors = _as_anchors(anchors)
-        if own_anchors is None:
-            raise InputError(f"anchors of '{name}': {anchors} is neither FunctionalDualAnchors nor an anchors folder")
+        own_anchors = _as_anchors(anchors) or FunctionalDualAnchors.from_pretrained(anchors)
     return Source(name, checkpoint.id, aligned, own_anchors)
 
 
@@ -135,12 +133,14 @@ def _check_complete(base: OpenCheckpoint, source: AlignedSource) -> None:
 
 
 def _as_anchors(value: Any) -> FunctionalDualAnchors | None:
-    """`value` as anchors if that is what it is: a container, or the folder of one."""
+    """`value` as anchors if that is what it is: a container, the folder of one, or "datasets/org/name"."""
     if isinstance(value, FunctionalDualAnchors):
         return value
-    if isinstance(value, (str, os.PathLike)) and (Path(value).expanduser() / MANIFEST).is_file():
-        return FunctionalDualAnchors.from_pretrained(value)
-    return None
+    if not isinstance(value, (str, os.PathLike)):
+        return None
+    is_folder = (Path(value).expanduser() / MANIFEST).is_file()
+    on_hub = str(value).startswith(ON_HUB) and not Path(value).is_dir()
+    return FunctionalDualAnchors.from_pretrained(value) if is_folder or on_hub else None
 
 
 def name_sources(sources: Any) -> dict[str, Any]:
@@ -176,6 +176,6 @@ def name_sources(sources: Any) -> dict[str, Any]:
 
 def _default_name(value: Any, position: int) -> str:
     if isinstance(value, (str, os.PathLike)):
-        last = os.path.basename(os.path.abspath(value))
-        return last if os.path.isdir(value) else last.partition("@")[0]
+        text = os.fspath(value)
+        return os.path.basename(os.path.abspath(text if os.path.isdir(text) else text.partition("@")[0]))
     return f"source{position}"

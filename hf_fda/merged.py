@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -18,7 +17,7 @@ from hf_fda.checkpoint.layout import ModelLayout, model_class_of
 from hf_fda.checkpoint.location import Location, locate
 from hf_fda.checkpoint.reader import FileCheckpoint
 from hf_fda.errors import InputError, few, nearest
-from hf_fda.hub import hub_errors
+from hf_fda.pushing import push
 
 HEADS = "task_heads"
 
@@ -88,9 +87,10 @@ def load(
     if task is None:
         config = _config(location, "config.json", trust_remote_code)
         where = str(location.folder or location.repo_id)
+        model_class = model_class_of(config, where, trust_remote_code, location.commit)
         if location.folder is None:
             kwargs["revision"] = location.commit
-        return model_class_of(config, where, trust_remote_code).from_pretrained(where, config=config, **kwargs)
+        return model_class.from_pretrained(where, config=config, **kwargs)
     known = tasks_of(location)
     if task not in known:
         listed = nearest(task, known) if known else "it has no task heads; leave the task out."
@@ -106,39 +106,6 @@ def tasks_of(location: Location) -> list[str]:
     return sorted(part[1] for part in parts if len(part) == 3 and part[0] == HEADS and part[2] == "config.json")
 
 
-def push(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """Upload a merged folder, or an anchors folder (then as a dataset), to the Hub.
-
-    Returns:
-        the address of the commit.
-
-    Raises:
-        InputError: when the folder is neither, or the merge in it is not finished.
-    """
-    path = Path(folder)
-    kind = "dataset" if (path / "anchors.json").is_file() else "model"
-    if kind == "model" and not all((path / name).is_file() for name in ("config.json", "merge_config.yaml")):
-        raise InputError(f"{folder}: neither a finished merge nor anchors; run its merge to the end first")
-    api = HfApi(token=token)
-    with hub_errors(repo_id):
-        api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type=kind,
-            folder_path=path,
-            revision=revision,
-            commit_message="Upload merged model" if kind == "model" else "Upload anchors",
-        )
-    return str(commit)
-
-
 def _config(location: Location, name: str, trust_remote_code: bool) -> Any:
     path = location.path(name)
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -152,7 +119,8 @@ def _with_head(location: Location, task: str, trust_remote_code: bool, kwargs: d
     """
     head = f"{HEADS}/{task}"
     config = _config(location, f"{head}/config.json", trust_remote_code)
-    model_class = model_class_of(config, str(location.folder or location.repo_id), trust_remote_code)
+    where = str(location.folder or location.repo_id)
+    model_class = model_class_of(config, where, trust_remote_code, location.commit)
     layout = ModelLayout(config, model_class)
     body = FileCheckpoint(location, trust_remote_code)
     names = match_names(layout.names, layout.body_prefixes, body.names, body.layout.body_prefixes)

@@ -47,8 +47,8 @@ def test_a_merge_by_anchors_loads_with_plain_transformers_and_runs(
 @pytest.mark.parametrize(
     ("family", "start"),
     [
-        *(("vit", start) for start in METHODS),
-        ("llama", "tsv"),
+        *(("llama", start) for start in METHODS),
+        ("vit", "tsv"),
         ("gpt2", "isotropic"),
         ("qwen2-moe", "tsv"),
         ("t5", "wudi"),
@@ -232,7 +232,7 @@ def test_anchors_of_a_source_do_not_depend_on_the_others(library: Library, tmp_p
     [
         *(("qwen2-moe", method, options) for method, options in METHODS.items()),
         ("llama", "wudi", {"solver": "closed_form"}),
-        *((family, "fda", {}) for family in ("bert", "vit", "qwen2-moe", "t5")),
+        *((family, "fda", {}) for family in ("bert", "qwen2-moe", "t5")),
         ("vit", "fda", {"initial": "task_arithmetic", "rest": "linear", "initialization": "gaussian"}),
     ],
 )
@@ -279,7 +279,8 @@ def test_a_source_equal_to_the_base_gives_no_nan(method: str, family: str, libra
     merged = merge(base, {"same": base}, method, tmp_path / "merged", **METHODS.get(method, {}))
     found = weights(merged.folder)
     assert all(bool(tensor.isfinite().all()) for tensor in found.values())
-    assert_near(found, weights(base))
+    for name, tensor in weights(base).items():  # Adam makes small steps of rounding noise
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
     if method in ("task_arithmetic", "linear"):
         assert_same(found, weights(base))
 

@@ -34,10 +34,14 @@ from hf_fda.hub import hub_errors
 from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.merge_methods.registry import resolve_method
 from hf_fda.progress import Progress
+from hf_fda.pushing import push
 from hf_fda.store import Store, digest, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+ON_HUB = "datasets/"
+"""Before a Hub id it says that a dataset is meant, not a model (the Hub writes it so in its addresses)."""
 
 
 class FunctionalDualAnchors:
@@ -88,10 +92,10 @@ class FunctionalDualAnchors:
 
     @property
     def origin(self) -> str | None:
-        """The folder or dataset ("org/name@commit") they were opened from; None when they are in memory only."""
+        """The folder or dataset ("datasets/org/name@commit") they were opened from; None when in memory only."""
         if self._folder is not None:
             return str(self._folder)
-        return f"{self._repo_id}@{self._revision}" if self._repo_id is not None else None
+        return f"{ON_HUB}{self._repo_id}@{self._revision}" if self._repo_id is not None else None
 
     def digest(self, block: str) -> str:
         """A hash of one block's tensors (of its file's bytes, where it lies in one)."""
@@ -107,7 +111,7 @@ class FunctionalDualAnchors:
         if self._folder is not None:
             return self._folder / unit_file(block)
         assert self._repo_id is not None
-        with hub_errors(self._repo_id):
+        with hub_errors(self._repo_id, file=unit_file(block)):
             return Path(hf_hub_download(self._repo_id, unit_file(block), revision=self._revision, repo_type="dataset"))
 
     @classmethod
@@ -162,7 +166,7 @@ class FunctionalDualAnchors:
 
     @classmethod
     def from_pretrained(cls, id: str | os.PathLike[str], revision: str | None = None) -> FunctionalDualAnchors:
-        """Open anchors: a folder, or a Hub dataset ("org/name" or "org/name@revision").
+        """Open anchors: a folder, or a Hub dataset ("org/name", "org/name@revision", "datasets/org/name").
 
         Raises:
             InputError: when there is no such folder or dataset, or it holds no anchors.
@@ -173,10 +177,11 @@ class FunctionalDualAnchors:
             if not (folder / MANIFEST).is_file():
                 raise InputError(f"{text}: no {MANIFEST} in it, so it is no anchors folder")
             return cls(read_manifest(folder / MANIFEST), folder=folder)
-        repo_id, _, inside = text.partition("@")
+        repo_id, _, inside = text.removeprefix(ON_HUB).partition("@")
         with hub_errors(text, "no such folder, and "):
             api = HfApi()
             commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision or inside or None).resolved
+        with hub_errors(text, "no such folder, and ", file=MANIFEST):
             path = hf_hub_download(repo_id, MANIFEST, revision=commit, repo_type="dataset")
         return cls(read_manifest(Path(path)), repo_id=repo_id, revision=commit)
 
@@ -189,25 +194,23 @@ class FunctionalDualAnchors:
             write_unit(path, self[block])
         write_frame(target, self.info)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+    ) -> str:
         """Upload the anchors as a Hub dataset.
 
         Args:
             repo_id: "org/name"; made if it is not there.
             private: make it private.
             token: an access token; the saved one if None.
+            revision: a branch; the main one if None.
 
         Returns:
             the address of the commit.
         """
-        api = HfApi(token=token)
-        with hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Add anchors"
-            )
-        return str(commit)
+            return push(folder, repo_id, private=private, token=token, revision=revision)
 
 
 def hidden_size(config: Any) -> int:

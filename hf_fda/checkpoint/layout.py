@@ -58,8 +58,16 @@ class TensorGroup:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-def model_class_of(config: PretrainedConfig, id: str, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+def model_class_of(
+    config: PretrainedConfig, id: str, trust_remote_code: bool = False, revision: str | None = None
+) -> type[PreTrainedModel]:
     """The class that a checkpoint's config names (`architectures`), or the bare model of its `model_type`.
+
+    Args:
+        config: the configuration.
+        id: folder or Hub id, where remote code would come from.
+        trust_remote_code: run it.
+        revision: the commit that the code is taken from.
 
     Raises:
         InputError: when transformers does not know it, or it needs remote code that was not trusted.
@@ -75,7 +83,7 @@ def model_class_of(config: PretrainedConfig, id: str, trust_remote_code: bool = 
     if architecture in remote and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(remote[architecture], id)
+        return get_class_from_dynamic_module(remote[architecture], id, revision=revision)
     way_out = "pass trust_remote_code=True if you trust its code" if architecture in remote else "update transformers"
     raise InputError(f"{id}: transformers {transformers.__version__} has no class '{architecture}'; {way_out}")
 

@@ -43,7 +43,7 @@ class Location:
         if self.folder is not None:
             return self.folder / name
         assert self.repo_id is not None
-        with hub_errors(self.id):
+        with hub_errors(self.id, file=name):
             return Path(hf_hub_download(self.repo_id, name, revision=self.commit))
 
     def json(self, name: str) -> Any:
@@ -52,8 +52,9 @@ class Location:
         Raises:
             InputError: when it is not valid JSON.
         """
+        path = self.path(name)
         try:
-            return json.loads(self.path(name).read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError):
             raise InputError(f"{self.id}: {name} is not valid JSON; fetch or save it again") from None
 
@@ -68,7 +69,7 @@ class Location:
         except LocalEntryNotFoundError:
             pass
         try:
-            with hub_errors(self.id):
+            with hub_errors(self.id, file=name):
                 metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
         except (SafetensorsParsingError, NotASafetensorsRepoError):
             raise InputError(f"{self.id}: {name} on the Hub is no safetensors file, or damaged") from None
@@ -80,7 +81,7 @@ class Location:
     def fingerprint(self) -> str:
         """A hash that changes when the weights do: the commit, or the weight files' names, sizes and times."""
         facts: list[Any] = [self.commit]
-        if self.folder is not None:
+        if self.commit is None and self.folder is not None:
             for name in self.weight_files():
                 stat = os.stat(self.folder / name)
                 facts.append((name, stat.st_size, stat.st_mtime_ns))
@@ -149,13 +150,25 @@ def _on_hub(text: str, repo_id: str, revision: str | None) -> Location:
             info = api.model_info(repo_id, revision=commit)
         except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
             raise
-        except UNREACHABLE:
-            return _in_cache(text, repo_id, revision)
+        except UNREACHABLE as error:
+            cached = _in_cache(text, repo_id, revision)
+            if cached is None:
+                raise error from error.__cause__
+            return cached
     names = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
     return Location(text, repo_id=repo_id, commit=info.sha, names=names)
 
 
-def _in_cache(text: str, repo_id: str, revision: str | None) -> Location:
-    folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+def _in_cache(text: str, repo_id: str, revision: str | None) -> Location | None:
+    """A repository as an earlier run left it in the cache; None when its weights are not there."""
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return Location(text, folder=folder, repo_id=repo_id, commit=folder.name, names=tuple(names))
+    found = Location(text, folder=folder, repo_id=repo_id, commit=folder.name, names=tuple(names))
+    try:
+        found.weight_files()
+    except InputError:
+        return None
+    return found

@@ -232,7 +232,7 @@ def _configuration(location: Location, trust_remote_code: bool) -> tuple[Pretrai
         raise InputError(f"{location.id}: its config.json cannot be used ({reason})") from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{location.id}: it is quantised; merge the checkpoint it was quantised from")
-    return config, model_class_of(config, where, trust_remote_code)
+    return config, model_class_of(config, where, trust_remote_code, location.commit)
 
 
 def read_all(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:

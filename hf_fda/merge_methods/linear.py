@@ -27,6 +27,12 @@ class LinearConfig(MethodConfig):
     )
     normalize: bool = option(True, "divide by the sum of the weights")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values = self.weights.values() if isinstance(self.weights, dict) else self.weights
+        if values and self.normalize and sum(values) == 0:
+            raise InputError("linear: the weights sum to zero; pass normalize=False or other weights")
+
 
 @register(LinearConfig)
 def linear(base: Tensor, tasks: Sequence[Tensor], config: LinearConfig) -> Tensor:
@@ -38,14 +44,10 @@ def linear(base: Tensor, tasks: Sequence[Tensor], config: LinearConfig) -> Tenso
         config: the options; `weights` in the order of `tasks`.
 
     Raises:
-        InputError: when the weights sum to zero and are to be normalised.
+        InputError: when the weights are still given by source name.
     """
     if isinstance(config.weights, dict):
         raise InputError("linear: weights by name need the names of the sources")
     weights = (1.0,) * len(tasks) if config.weights is None else config.weights
     merged = total(weighted(tasks, weights))
-    if not config.normalize:
-        return merged
-    if sum(weights) == 0:
-        raise InputError("linear: the weights sum to zero; pass normalize=False or other weights")
-    return merged / sum(weights)
+    return merged / sum(weights) if config.normalize else merged

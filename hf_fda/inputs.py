@@ -83,7 +83,13 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
     dual = _as_anchors(value)
     if dual is not None:
         return Source(name, dual.info.source.get("id", name), anchors=dual)
-    checkpoint = open_checkpoint(value, trust_remote_code=trust_remote_code, label=f"source '{name}'")
+    try:
+        checkpoint = open_checkpoint(value, trust_remote_code=trust_remote_code, label=f"source '{name}'")
+    except InputError:
+        dual = _as_dataset(value)
+        if dual is None:
+            raise
+        return Source(name, dual.info.source.get("id", name), anchors=dual)
     aligned = align(base, checkpoint, name)
     _check_complete(base, aligned)
     check_shapes(base, aligned, [own for own in aligned.tensor_of if not _is_head(base, aligned, own)])
@@ -141,6 +147,16 @@ def _as_anchors(value: Any) -> FunctionalDualAnchors | None:
     is_folder = (Path(value).expanduser() / MANIFEST).is_file()
     on_hub = str(value).startswith(ON_HUB) and not Path(value).is_dir()
     return FunctionalDualAnchors.from_pretrained(value) if is_folder or on_hub else None
+
+
+def _as_dataset(value: Any) -> FunctionalDualAnchors | None:
+    """The anchors dataset on the Hub that a bare "org/name" means where there is no model of that name."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", value) or Path(value).exists():
+        return None
+    try:
+        return FunctionalDualAnchors.from_pretrained(value)
+    except InputError:
+        return None
 
 
 def name_sources(sources: Any) -> dict[str, Any]:

@@ -119,6 +119,9 @@ def adapt_unit(
 ) -> Adapted:
     """Fit a unit to the targets of all sources at once, from the parameters it has.
 
+    A step minimises the distance summed over the batch (over its anchors for "cosine", over all entries of its outputs
+    otherwise), as published: of a mean the gradients of coefficients would be as small as Adam's epsilon.
+
     Args:
         module: the unit at its start; changed in place.
         call: how to call it.
@@ -148,8 +151,10 @@ def adapt_unit(
         order = torch.randperm(len(x), generator=generator).to(x.device)
         summed = torch.zeros((), device=x.device)
         for batch in order.split(batch_size):
-            loss = distance(kind, call(module, x[batch]), y[batch])
-            stepper.step(torch.autograd.grad(loss, parameters, materialize_grads=True))
+            target = y[batch]
+            loss = distance(kind, call(module, x[batch]), target)
+            summed_loss = loss * (len(batch) if kind == "cosine" else target.numel())
+            stepper.step(torch.autograd.grad(summed_loss, parameters, materialize_grads=True))
             summed += loss.detach() * len(batch)
         if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
             current = float(summed) / len(x)

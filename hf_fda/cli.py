@@ -100,7 +100,7 @@ def _demo(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
 def _merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
     """What `merge` and `plan` get: the configuration file, overruled by what the command line says."""
     given = _read_config(Path(arguments.config)) if arguments.config else {}
-    options = {**given.pop("options", {}), **_options(loose)}
+    options = {**_read_options(given.pop("options", None)), **_options(loose)}
     for name in ("base", "method", "output", *SETTINGS):
         value = getattr(arguments, name)
         if value is not None and value is not False:
@@ -130,6 +130,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         if name not in CONFIG_KEYS:
             raise InputError(f"{path}: unknown key '{name}': {nearest(str(name), CONFIG_KEYS)}")
     return given
+
+
+def _read_options(options: Any) -> dict[str, Any]:
+    """The method's options in a configuration file; a name that is an argument of its own is not one."""
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise InputError("options must be a mapping from option to value")
+    for name in options:
+        if not isinstance(name, str) or name in CONFIG_KEYS:
+            raise InputError(f"options: '{name}' is no option of a method")
+    return options
 
 
 def _named(sources: list[str]) -> dict[str, str] | list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_fda.anchors import AnchorBuilder, adapt_unit, unit_generator
+from hf_fda.anchors import AnchorBuilder, UnitAnchors, adapt_unit, unit_generator
 from hf_fda.anchors.files import Construction, read_unit, unit_file
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.alignment import AlignedSource
@@ -117,14 +117,14 @@ class Engine:
             return key_of("given", source.anchors.digest(unit.name))
         return self._construction(source).key(unit)
 
-    def _anchors_of(self, source: Source, unit: Unit) -> tuple[Tensor, Tensor]:
-        """Anchors and targets of one unit for one source, on the device."""
+    def _anchors_of(self, source: Source, unit: Unit) -> UnitAnchors:
+        """The anchors of one unit for one source."""
         if source.anchors is not None:
             found = source.anchors[unit.name]
         else:
             found = read_unit(self.plan.output / "anchors" / source.name / unit_file(unit.name))
         self._note_move(source.name, lambda: bool(found.cosines))
-        return found.anchors.to(self.plan.device), found.targets.to(self.plan.device)
+        return found
 
     # -- adaptation ------------------------------------------------------------------------------------------------
 
@@ -145,12 +145,14 @@ class Engine:
         module = self.builder.load(self.base.read, unit)
         tasks = None if config.initial == "base" else self._start(module, unit)
         pairs = [self._anchors_of(source, unit) for source in self.plan.sources_of(unit)]
+        if not any(found.cosines for found in pairs):  # no source moves it: steps would only follow rounding noise
+            return {f"{unit.name}.{path}": value.detach().cpu() for path, value in module.named_parameters()}
         try:
             adapted = adapt_unit(
                 module,
                 self.builder.capture.calls[unit.name],
-                [anchors for anchors, _ in pairs],
-                [targets for _, targets in pairs],
+                [found.anchors.to(self.plan.device) for found in pairs],
+                [found.targets.to(self.plan.device) for found in pairs],
                 tasks,
                 kind=config.adaptation_distance,
                 epochs=config.epochs,
@@ -277,6 +279,9 @@ class Engine:
         role, shape = self.base.layout.roles[name], self.base.shape(name)
         if not by_entry(config, role):
             base, tasks = self._tensors(name, torch.float32)
+            for source, task in zip(self.plan.inputs.weighted, tasks, strict=True):
+                if not bool(task.isfinite().all()):
+                    raise RunError(f"source '{source.name}': tensor '{name}' is not finite; check its weights")
             return (base + apply_method(config, base, tasks, role)).cpu()
         exact = torch.float32 if self.plan.device.type == "mps" else torch.float64
         merged = torch.empty(prod(shape), dtype=self.plan.dtype or self.base.dtype(name))

@@ -67,10 +67,11 @@ def open_inputs(
     """
     named = name_sources(sources)
     theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
-    if not isinstance(theta, ModelCheckpoint) and theta.missing:
-        absent = [name for name in theta.missing if name.startswith(tuple(find_blocks(theta.layout.model)))]
-        if absent:
-            raise InputError(f"base: {theta.id} lacks {len(absent)} tensors of its blocks ({few(absent)})")
+    absent = [name for name in theta.missing if regions(theta.layout)[name] != "after"]
+    if absent:
+        raise InputError(f"base: {theta.id} lacks {len(absent)} of its tensors ({few(absent)}); fetch or save it again")
+    if not isinstance(anchors, (Mapping, type(None))):
+        raise InputError(f"anchors must be a mapping from task name to anchors, not {type(anchors).__name__}")
     given = dict(anchors or {})
     for name in given:
         if name not in named:
@@ -95,7 +96,10 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
     check_shapes(base, aligned, [own for own in aligned.tensor_of if not _is_head(base, aligned, own)])
     own_anchors = None
     if anchors is not None:
-        own_anchors = _as_anchors(anchors) or FunctionalDualAnchors.from_pretrained(anchors)
+        try:
+            own_anchors = _as_anchors(anchors) or FunctionalDualAnchors.from_pretrained(anchors)
+        except (InputError, TypeError) as error:
+            raise InputError(f"anchors of '{name}': {error}") from None
     return Source(name, checkpoint.id, aligned, own_anchors)
 
 
@@ -120,7 +124,7 @@ def _check_complete(base: OpenCheckpoint, source: AlignedSource) -> None:
     present = [
         tuple(blocks) for blocks in towers.values() if any(name.startswith(tuple(blocks)) for name in source.tensor_of)
     ]
-    if len(present) == len(towers):
+    if not present or len(present) == len(towers):
         lacking = [name for name in source.absent if where[name] != "after"]
     else:
         lacking = [name for name in source.absent if name.startswith(tuple(b for blocks in present for b in blocks))]

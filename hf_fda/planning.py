@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from hf_fda.blocks import Unit, family_of, find_units
+from hf_fda.anchors.container import hidden_size
+from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
 from hf_fda.devices import resolve_device
 from hf_fda.errors import InputError, nearest
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
+from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, Source, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.plans import Plan, readable_size
@@ -73,13 +76,11 @@ def plan(
     if as_adapter or data is not None:
         name = "as_adapter=True" if as_adapter else "data"
         raise InputError(f"{name}: method '{config.name}' merges full checkpoints from weights alone; leave it out")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"dtype '{dtype}': {nearest(str(dtype), ['auto', *DTYPES])}")
-    if heads not in ("keep", "merge"):
-        raise InputError(f"heads '{heads}': {nearest(str(heads), ['keep', 'merge'])}")
+    _check_settings(dtype, heads, seed, max_shard_bytes)
     folder = new_folder(output)
     chosen = resolve_device(device)
     inputs = open_inputs(base, sources, anchors, trust_remote_code)
+    _check_apart(folder, inputs)
     config = _complete(config, inputs)
     units = _units(config, inputs)
     result = decide(inputs, config, units, cast(Heads, heads))
@@ -121,6 +122,27 @@ def check_disk(plan: Plan) -> None:
         )
 
 
+def _check_settings(dtype: Any, heads: Any, seed: Any, max_shard_bytes: Any) -> None:
+    if not isinstance(dtype, str) or dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype '{dtype}': {nearest(str(dtype), ['auto', *DTYPES])}")
+    if heads not in ("keep", "merge"):
+        raise InputError(f"heads '{heads}': {nearest(str(heads), ['keep', 'merge'])}")
+    for name, value, least in (("seed", seed, 0), ("max_shard_bytes", max_shard_bytes, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name} must be a whole number, at least {least}, not {value!r}")
+
+
+def _check_apart(output: Path, inputs: Inputs) -> None:
+    """Refuse to write a merge over what it reads."""
+    for name, checkpoint in (
+        ("the base", inputs.base),
+        *((f"source '{s.name}'", s.checkpoint) for s in inputs.weighted),
+    ):
+        location = checkpoint.location
+        if location is not None and location.folder is not None and location.folder.resolve() == output.resolve():
+            raise InputError(f"output '{output}' is {name} itself; choose another folder")
+
+
 def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
     """The config with the weights in the order of the sources and every open option filled in."""
     names = [source.name for source in inputs.sources]
@@ -130,47 +152,19 @@ def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
             raise InputError(f"source '{without[0]}' is anchors only; method '{config.name}' needs its weights")
         return with_source_names(config, names)
     for role in ("initial", "rest"):
-        if without and getattr(config, role) != "base":
+        if without and getattr(config, role) not in (None, "base"):
             raise InputError(f"source '{without[0]}' is anchors only; {role} must then be 'base', or give its weights")
-    config = config.with_sources(names)
-    size = inputs.base.config.get_text_config().hidden_size
-    return _agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), int(size))
-
-
-def _agree_with_anchors(config: FDAConfig, inputs: Inputs) -> FDAConfig:
-    """Take units and tokens from given anchors; refuse anchors that contradict the options or each other."""
-    for source in inputs.sources:
-        if source.anchors is None:
-            continue
-        for name in ("unit", "num_tokens"):
-            theirs = source.anchors.info.config.get(name)
-            theirs = tuple(theirs) if isinstance(theirs, list) else theirs
-            mine = getattr(config, name)
-            if mine is None and theirs is not None:
-                config = FDAConfig(**{**config.__dict__, name: theirs})
-            elif mine != theirs and theirs is not None:
-                raise InputError(
-                    f"anchors of '{source.name}' were constructed with {name}={theirs}, here it is {mine}; "
-                    "use the same for all"
-                )
-    return config
+    require_blocks(inputs.base.layout)
+    config = config.with_sources(names, all_have_weights=not without)
+    size = hidden_size(inputs.base.config)
+    return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)
 
 
 def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:
     if not isinstance(config, FDAConfig):
         return ()
     units = find_units(inputs.base.layout, config.unit or ("block",))
-    towers = {unit.block.rpartition(".")[0] for unit in units}
-    for source in inputs.sources:
-        given = source.anchors
-        if given is None:
-            continue
-        missing = [unit for unit in units if (source.weights is None or source.has(unit)) and unit.name not in given]
-        if missing and (len(towers) == 1 or len(missing) == len(units)):
-            raise InputError(
-                f"anchors of '{source.name}' ({source.id}) have none for block '{missing[0].name}'; "
-                "they were constructed on another base or for other units"
-            )
+    check_given(inputs, units)
     return tuple(unit for unit in units if any(source.has(unit) for source in inputs.sources))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of this package and of what its results depend on."""
     found = {"hf_fda": __version__}

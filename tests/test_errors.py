@@ -166,6 +166,20 @@ def test_a_base_that_lacks_tensors_is_refused_by_their_names(gone: str, word: st
     pair.refused("base", "lacks 1", word)
 
 
+def test_a_source_without_any_block_is_refused(pair: Place) -> None:
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".encoder." in name]:
+            del tensors[name]
+
+    rewrite(pair.source, shorten)
+    pair.refused("source 'source'", "lacks 32", "encoder.layer.0.")
+
+
+def test_a_source_with_nothing_in_common_is_refused(pair: Place) -> None:
+    save_file({"something.else": torch.zeros(2)}, pair.source / "model.safetensors", metadata={"format": "pt"})
+    pair.refused("source 'source'", str(pair.source))
+
+
 def test_a_mixture_of_heads_that_has_no_place_is_refused(place: Place) -> None:
     base = make_model("llama")
     place.save("base", base.model)
@@ -503,7 +517,7 @@ def test_an_output_that_cannot_be_made_stops_the_merge_with_its_name(pair: Place
         ("fda", {"scaling": 3}, ["no option 'scaling'", "initial=METHOD"]),
         ("fda", {"initial": "tvs"}, ["no method 'tvs'", "did you mean 'tsv'"]),
         ("fda", {"initial": "fda"}, ["initial", "parameter-space method"]),
-        ("fda", {"initial": "tsv", "scalling": 3}, ["'tsv'", "no option 'scalling'"]),
+        ("fda", {"initial": "tsv", "scalling": 3}, ["'tsv'", "option 'scalling'", "did you mean 'scaling'"]),
         ("fda", {"initial": {"method": "tsv", "scalling": 3}}, ["'tsv'", "no option 'scalling'"]),
         ("fda", {"rest": "liner"}, ["no method 'liner'", "did you mean 'linear'"]),
         ("fda", {"initialization": "weight"}, ["'initialization'", "'weights' or 'gaussian'"]),
@@ -580,6 +594,16 @@ def test_constructing_anchors_refuses_bad_input_and_writes_nothing(pair: Place) 
         with pytest.raises(hf_fda.InputError, match=words):
             construct(base, source, output=pair.root / "anchors", quiet=True, **options)
         assert state(pair.root) == before
+
+
+def test_anchors_of_another_width_are_refused(pair: Place) -> None:
+    narrow = Place(pair.root / "narrow")
+    narrow.save("base", make_model("bert", hidden_size=16))
+    narrow.save("source", fine_tune(make_model("bert", hidden_size=16), 1))
+    hf_fda.FunctionalDualAnchors.construct(
+        narrow.base, narrow.source, device="cpu", output=pair.root / "anchors", quiet=True, **FAST
+    )
+    pair.refused("'anchors'", "16", "32", sources=[pair.root / "anchors"], method="fda")
 
 
 def test_damaged_anchors_are_refused_by_name(pair: Place) -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers as t
 from checks import FAST, METHODS, assert_good, assert_near, assert_same, files, loaded, merge, weights
 from conftest import FAMILIES, fine_tune, make_model
+from safetensors.torch import load_file, save_file
 
 import hf_fda
 
@@ -230,7 +231,7 @@ def test_anchors_of_a_source_do_not_depend_on_the_others(library: Library, tmp_p
 @pytest.mark.parametrize(
     ("family", "method", "options"),
     [
-        *(("qwen2-moe", method, options) for method, options in METHODS.items()),
+        *(("qwen2-moe", method, METHODS[method]) for method in ("task_arithmetic", "tsv", "wudi")),
         ("llama", "wudi", {"solver": "closed_form"}),
         *((family, "fda", {}) for family in ("bert", "qwen2-moe", "t5")),
         ("vit", "fda", {"initial": "task_arithmetic", "rest": "linear", "initialization": "gaussian"}),
@@ -366,6 +367,33 @@ def test_base_and_sources_may_differ_in_stored_type(method: str, tmp_path: Path)
         one = merge(tmp_path / "base", [tmp_path / "half"], method, tmp_path / "one", scaling=1)
         half = {name: tensor.float() for name, tensor in weights(tmp_path / "half").items()}
         assert_same(weights(one.folder), half)
+
+
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    """Rename the tensors in a folder's weight file."""
+    tensors = {change(name): tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def old_norms(name: str) -> str:
+    """The name that a layer norm's tensor had in checkpoints of BERT's time."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+@pytest.mark.parametrize(
+    ("family", "old"), [("bert", old_norms), ("gpt2", lambda name: name.removeprefix("transformer."))]
+)
+@pytest.mark.parametrize("method", ["linear", "fda"])
+def test_a_base_with_names_of_old_merges_with_new_sources(
+    family: str, old: Callable[[str], str], method: str, library: Library, tmp_path: Path
+) -> None:
+    base, sources = library(family)
+    shutil.copytree(base, tmp_path / "old")
+    rename(tmp_path / "old", old)
+    assert weights(tmp_path / "old").keys() != weights(base).keys()
+    merged = merge(tmp_path / "old", sources, method, tmp_path / "merged")
+    assert_good(family, merged.folder)
+    assert_same(weights(merged.folder), weights(merge(base, sources, method, tmp_path / "new").folder))
 
 
 def test_a_sharded_source_merges_as_a_single_file(library: Library, tmp_path: Path) -> None:

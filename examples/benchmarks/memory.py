@@ -2,15 +2,14 @@
 
     python examples/benchmarks/memory.py [--work DIR] [--layers 4 8 16] [--hidden 1024]
 
-Each merge runs in a process of its own. Printed: the peak of that process above what it held after imports, the
-plan's estimate of the same, and beside them what holding the base and all sources whole would take.
+Each merge runs in a process of its own (on Linux). Printed: the peak of that process above what it held before the
+merge, the plan's estimate of the same, and beside them what holding the base and all sources whole would take.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,22 +39,28 @@ def make(folder: Path, layers: int, hidden: int, seed: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def peak() -> int:
-    """Peak resident bytes of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field: str) -> int:
+    """Resident bytes of this process: "VmRSS" now, "VmHWM" at most since the last reset."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def measure(queue: Any, base: Path, sources: list[Path], output: Path, options: dict[str, Any]) -> None:
-    """One merge: bytes above the imports, and the plan's estimate."""
-    import torch
+    """One merge: bytes above what the process held before, and the plan's estimate."""
+    import gc
 
     import hf_fda
+    from hf_fda.engine import run
 
-    torch.linalg.svd(torch.randn(8, 8))  # load what is loaded on first use
+    first = base.parent / "first"  # a first, small merge loads what is loaded on first use
+    hf_fda.merge(base.parent / "small0", [base.parent / "small1"], output=first, quiet=True, **options)
+    shutil.rmtree(first)
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     plan = hf_fda.plan(base, sources, output=output, **options)
-    before = peak()
-    hf_fda.merge(base, sources, output=output, quiet=True, **options)
-    queue.put((peak() - before, plan.peak_memory_bytes))
+    run(plan, quiet=True)
+    queue.put((max(resident("VmHWM") - before, 0), plan.peak_memory_bytes))
 
 
 def main() -> None:
@@ -68,12 +73,14 @@ def main() -> None:
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
 
-    print("| method | layers | all models whole, MB | peak above imports, MB | plan's estimate, MB |")
+    print("| method | layers | all models whole, MB | peak of the merge, MB | plan's estimate, MB |")
     print("| --- | --- | --- | --- | --- |")
     for layers in options.layers:
         folders = [options.work / f"model{number}" for number in range(options.sources + 1)]
-        for number, folder in enumerate(folders):
-            making = context.Process(target=make, args=(folder, layers, options.hidden, number))
+        shapes = [(folder, layers, options.hidden) for folder in folders]
+        shapes += [(options.work / f"small{number}", 2, 64) for number in range(2)]
+        for number, shape in enumerate(shapes):
+            making = context.Process(target=make, args=(*shape, number))
             making.start()
             making.join()
         whole = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))

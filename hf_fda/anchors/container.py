@@ -91,6 +91,16 @@ class FunctionalDualAnchors:
         return read_unit(self.file(block))
 
     @property
+    def in_memory(self) -> bool:
+        """Whether they lie in no files."""
+        return self._units is not None
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether their files are on the Hub."""
+        return self._repo_id is not None
+
+    @property
     def origin(self) -> str | None:
         """The folder or dataset ("datasets/org/name@commit") they were opened from; None when in memory only."""
         if self._folder is not None:

@@ -1,7 +1,16 @@
 """Blocks of a model: finding them, making one on a device, capturing how to call it."""
 
 from hf_fda.blocks.capture import Capture, UnitCall, capture_calls
-from hf_fda.blocks.discovery import Region, Unit, family_of, find_blocks, find_units, make_unit, regions
+from hf_fda.blocks.discovery import (
+    Region,
+    Unit,
+    family_of,
+    find_blocks,
+    find_units,
+    make_unit,
+    regions,
+    require_blocks,
+)
 
 __all__ = [
     "Capture",
@@ -14,4 +23,5 @@ __all__ = [
     "find_units",
     "make_unit",
     "regions",
+    "require_blocks",
 ]

@@ -48,6 +48,18 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def require_blocks(layout: ModelLayout) -> tuple[str, ...]:
+    """As `find_blocks`.
+
+    Raises:
+        InputError: when the model has none.
+    """
+    blocks = find_blocks(layout.model)
+    if not blocks:
+        raise InputError(f"{layout.model_class.__name__} has no repeated blocks; use a parameter-space method")
+    return blocks
+
+
 def find_units(layout: ModelLayout, unit: tuple[str, ...]) -> tuple[Unit, ...]:
     """The units to merge.
 
@@ -58,11 +70,8 @@ def find_units(layout: ModelLayout, unit: tuple[str, ...]) -> tuple[Unit, ...]:
     Raises:
         InputError: when the model has no blocks, a submodule is missing, or one unit lies inside another.
     """
-    blocks = find_blocks(layout.model)
-    if not blocks:
-        raise InputError(f"{layout.model_class.__name__} has no repeated blocks; use a parameter-space method")
     units = []
-    for block in blocks:
+    for block in require_blocks(layout):
         for part in unit:
             path = block if part == "block" else f"{block}.{part}"
             try:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint
 from hf_fda.errors import InputError, few
+
+SHAPELESS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "hidden_act")
+"""Settings that change what a model computes but no tensor's shape."""
 
 
 @dataclass
@@ -50,12 +54,13 @@ def align(base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | Model
         InputError: when hardly anything matches, or a shape differs (vocabularies get a message of their own).
     """
     best = match_names(base.names, base.layout.body_prefixes, source.names, source.layout.body_prefixes)
-    if len(best) < len(base.names) // 2 and len(best) < len(source.names) // 2:
+    few_match = len(best) < len(base.names) // 2 and len(best) < len(source.names) // 2
+    if not best or few_match or not _same_architecture(base.config, source.config):
         raise InputError(
-            f"source '{name}' ({source.id}, {source.layout.model_class.__name__}) is another architecture than the "
-            f"base ({base.id}, {base.layout.model_class.__name__}): they share {len(best)} of "
-            f"{len(base.names)} tensor names"
+            f"source '{name}' ({_kind(source)}) is another architecture than the base ({_kind(base)}): they share "
+            f"{len(best)} of {len(base.names)} tensor names"
         )
+    _check_settings(base, source, name)
     taken = set(best.values())
     return AlignedSource(
         name,
@@ -64,6 +69,35 @@ def align(base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | Model
         extra=tuple(other for other in source.names if other not in taken),
         absent=tuple(own for own in base.names if own not in best),
     )
+
+
+def _kind(checkpoint: FileCheckpoint | ModelCheckpoint) -> str:
+    return f"{checkpoint.id}, {checkpoint.layout.model_class.__name__}, model type '{checkpoint.config.model_type}'"
+
+
+def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    """A configuration and those of its towers, by model type."""
+    towers = [getattr(config, name, None) for name in config.sub_configs]
+    return {part.model_type: part for part in (*towers, config) if isinstance(part, PretrainedConfig)}
+
+
+def _same_architecture(base: PretrainedConfig, source: PretrainedConfig) -> bool:
+    return bool(_parts(base).keys() & _parts(source).keys())
+
+
+def _check_settings(
+    base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | ModelCheckpoint, name: str
+) -> None:
+    """Refuse a source whose configuration means another function by tensors of the same shapes."""
+    ours, theirs = _parts(base.config), _parts(source.config)
+    for kind in sorted(ours.keys() & theirs.keys()):
+        for setting in SHAPELESS:
+            mine, other = getattr(ours[kind], setting, None), getattr(theirs[kind], setting, None)
+            if mine is not None and other is not None and mine != other:
+                raise InputError(
+                    f"source '{name}' ({source.id}) is another architecture than the base ({base.id}): its config says "
+                    f"{setting}={other}, the base's {mine}"
+                )
 
 
 def match_names(

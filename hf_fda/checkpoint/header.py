@@ -58,10 +58,16 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise InputError(f"{path}: its safetensors header is corrupt; fetch or save the file again") from None
+            header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: its safetensors header is corrupt; fetch or save the file again")
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
-    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != end:
+            raise InputError(f"{path}: tensor '{name}' does not begin where the one before ends; fetch the file again")
+        end += entry.nbytes
     if end != size:
         problem = "truncated" if size < end else "longer than its header says"
         raise InputError(f"{path}: {problem} ({size} bytes, {end} expected); fetch or save the file again")
@@ -71,8 +77,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _entry(path: Path, name: str, fields: dict[str, Any], offset: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+        numbers = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end))
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: the header entry of tensor '{name}' is corrupt; fetch the file again") from None
+        numbers, dtype = False, None
+    if not numbers or not isinstance(dtype, str):
+        raise InputError(f"{path}: the header entry of tensor '{name}' is corrupt; fetch the file again")
     entry = TensorEntry(known_dtype(str(path), name, dtype), shape, offset + start)
     if end - start != entry.nbytes:
         raise InputError(f"{path}: tensor '{name}' {shape} does not fill its place in the file; fetch the file again")

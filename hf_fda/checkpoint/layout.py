@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from hf_fda.errors import InputError
@@ -97,7 +98,7 @@ def meta_model(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> 
     kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if model_class._can_set_experts_implementation():
         kwargs["experts_implementation"] = "eager"
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class._from_config(config, **kwargs)
     return model.eval().requires_grad_(False)
 

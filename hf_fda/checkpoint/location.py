@@ -94,7 +94,11 @@ class Location:
             InputError: when there are none, or the index names a file outside the folder or one that is missing.
         """
         if INDEX in self.names:
-            listed = sorted(set(self.json(INDEX).get("weight_map", {}).values()))
+            index = self.json(INDEX)
+            files = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+                raise InputError(f"{self.id}: {INDEX} has no weight_map that names files; fetch or save it again")
+            listed = sorted(set(files.values()))
             for name in listed:
                 if os.path.basename(name) != name or name in ("", ".", ".."):
                     raise InputError(f"{self.id}: {INDEX} names '{name}', which lies outside the checkpoint; refused")

@@ -37,10 +37,16 @@ class FDAConfig(MethodConfig):
     paper: ClassVar[str] = "Functional dual anchors, arXiv 2510.21223"
     elementwise: ClassVar[bool] = False
 
-    initial: str | MethodConfig = option(
-        "base", "where adaptation starts: base, or a parameter-space method, whose own options may follow"
+    initial: str | MethodConfig | None = option(
+        None,
+        "where adaptation starts: base, or a parameter-space method, whose own options may follow; "
+        "none: tsv, or base where a source is anchors only",
     )
-    rest: str | MethodConfig = option("base", "what lies outside the blocks: base, or a parameter-space method")
+    rest: str | MethodConfig | None = option(
+        None,
+        "what lies outside the blocks: base, or a parameter-space method; "
+        "none: task_arithmetic, or base where a source is anchors only",
+    )
     unit: tuple[str, ...] | None = option(
         None, "block, or the submodules of a block to merge one by one, such as mlp; by kind of model"
     )
@@ -63,6 +69,8 @@ class FDAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.unit == ():
+            raise InputError("method 'fda': option 'unit' is empty; say 'block' or a submodule such as 'mlp'")
         for role in ("initial", "rest"):
             value = getattr(self, role)
             if isinstance(value, str) and value != "base":
@@ -120,13 +128,19 @@ class FDAConfig(MethodConfig):
         open_options = {name: value for name, value in published.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 
-    def with_sources(self, names: list[str]) -> FDAConfig:
-        """The config with the weights of `initial` and `rest` in the order of the sources."""
-        roles: dict[str, Any] = {
-            role: with_source_names(value, names)
-            for role in ("initial", "rest")
-            if isinstance(value := getattr(self, role), MethodConfig)
-        }
+    def with_sources(self, names: list[str], all_have_weights: bool) -> FDAConfig:
+        """The config with `initial` and `rest` chosen where they are open, and their weights in the order of sources.
+
+        Args:
+            names: of the sources.
+            all_have_weights: whether none is anchors only; a method has nothing to merge of such a source.
+        """
+        roles: dict[str, Any] = {}
+        for role, method in (("initial", "tsv"), ("rest", "task_arithmetic")):
+            value = getattr(self, role)
+            if value is None:
+                value = method_class(method)() if all_have_weights else "base"
+            roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
         return dataclasses.replace(self, **roles)
 
     def construction(self) -> dict[str, Any]:

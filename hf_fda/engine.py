@@ -16,6 +16,7 @@ from hf_fda.blocks import Unit
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard, save_tensors
+from hf_fda.devices import release_memory
 from hf_fda.errors import InputError, RunError
 from hf_fda.inputs import Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
@@ -29,6 +30,9 @@ from hf_fda.version import versions
 
 STAGED = f"{WORK}/staged"
 BLOCKS = f"{WORK}/blocks"
+
+RELEASE_EVERY = 50_000_000
+"""Bytes written to a weight file between two times that freed memory is given back."""
 
 
 def run(plan: Plan, quiet: bool = False) -> Path:
@@ -135,6 +139,7 @@ class Engine:
             self.progress.now(f"adapt {unit.name}")
             adapted = self._adapted(unit)
             self.store.write(name, key, lambda path: save_tensors(path, adapted))
+            release_memory()
         self.progress.finish(unit.name)
 
     def _adapted(self, unit: Unit) -> dict[str, Tensor]:
@@ -232,18 +237,23 @@ class Engine:
         if not self._shard_finished(shard):
             self.progress.now(f"write {shard.file}")
             self.store.write(f"{STAGED}/{shard.file}", self._shard_key(shard), lambda path: self._fill(path, shard))
+            release_memory()
         self.progress.finish(shard.file)
 
     def _fill(self, path: Path, shard: Shard) -> None:
-        result = self.plan.result
+        result, written = self.plan.result, 0
         with SafetensorsWriter(path, shard.specs) as file:
             for group in shard.groups:
+                if written > RELEASE_EVERY:
+                    release_memory()
+                    written = 0
                 tensors = {
                     name: self._tensor(name).to(out_dtype(self.plan.inputs, result, name, self.plan.dtype))
                     for name in group
                 }
                 for name, tensor in result.layout.to_disk(tensors).items():
                     file.write(name, tensor)
+                    written += tensor.nbytes
 
     def _tensor(self, name: str) -> Tensor:
         """One merged tensor in memory layout, on the CPU, by its recipe.

@@ -31,14 +31,14 @@ def _tensor_stage(inputs: Inputs, result: Output) -> int:
         if recipe.config is None or by_entry(recipe.config, result.layout.roles[name]):
             need = max(need, entries * 8 + min(entries, PART) * 8 * (count + 3))
         else:
-            need = max(need, entries * 4 * (2 * count + 5))
+            need = max(need, entries * 4 * (3 * count + 8))
     return need
 
 
 def _construction(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     """Base, source and task vector in float32; gradients and their graph; the float64 look at a few anchors."""
     entries = _entries(inputs, unit.tensors)
-    return entries * 4 * 8 + _activations(inputs, config, unit) * 4 * 6
+    return entries * 4 * 14 + _activations(inputs, config, unit) * 4 * 8
 
 
 def _adaptation(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:

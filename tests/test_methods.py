@@ -628,7 +628,14 @@ def test_initial_and_rest_may_be_names_mappings_or_configs() -> None:
     assert nested == {"method": "tsv", "scaling": "1.2"}
     assert FDAConfig(initial=tsv).initial is tsv
     assert FDAConfig(initial="tsv").initial == resolve_method("tsv", {})
-    assert (FDAConfig().initial, FDAConfig().rest) == ("base", "base")
+    assert (FDAConfig().initial, FDAConfig().rest) == (None, None)
+
+
+def test_where_to_start_follows_from_what_is_given() -> None:
+    chosen = FDAConfig().with_sources(["a"], all_have_weights=True)
+    assert (chosen.initial, chosen.rest) == (resolve_method("tsv", {}), resolve_method("task_arithmetic", {}))
+    chosen = FDAConfig().with_sources(["a"], all_have_weights=False)
+    assert (chosen.initial, chosen.rest) == ("base", "base")
 
 
 def test_options_of_another_method_need_an_initial_method() -> None:
@@ -656,11 +663,11 @@ def test_initial_and_rest_must_be_parameter_space_methods(role: str) -> None:
 def test_weights_by_name_reach_initial_and_rest() -> None:
     config = FDAConfig.from_options(
         {"initial": "tsv", "weights": "b=2,a=1", "rest": {"method": "linear", "weights": {"a": 3, "b": 4}}}
-    ).with_sources(["a", "b"])
+    ).with_sources(["a", "b"], all_have_weights=True)
     assert config.initial.weights == (1.0, 2.0)  # type: ignore[union-attr]
     assert config.rest.weights == (3.0, 4.0)  # type: ignore[union-attr]
     with pytest.raises(InputError, match="no weight for c"):
-        FDAConfig.from_options({"initial": "tsv", "weights": "a=1,b=2"}).with_sources(["a", "b", "c"])
+        FDAConfig.from_options({"initial": "tsv", "weights": "a=1,b=2"}).with_sources(["a", "b", "c"], True)
 
 
 COMMON = {"steps": 1200, "num_anchors": 64, "unit": ("block",)}
@@ -715,7 +722,7 @@ def test_open_options_take_the_published_values(
     config = FDAConfig(initial=initial).for_family(family, size)
     assert {name: getattr(config, name) for name in published} == published
     open_still = {name for name, value in config.options().items() if value is None}
-    assert open_still <= {"num_tokens"}
+    assert open_still <= {"num_tokens", "rest"}
     assert (config.learning_rate, config.batch_size, config.distance, config.initialization) == (
         1e-2,
         128,

@@ -18,6 +18,7 @@ from hf_fda.cards import anchors_card
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
+from hf_fda.devices import release_memory
 from hf_fda.errors import InputError
 from hf_fda.progress import Progress, logger
 from hf_fda.store import Store, key_of
@@ -168,6 +169,7 @@ class Construction:
             if anchors.left_out:
                 logger.debug("%s: no gradient or no task vector for %s", what, ", ".join(anchors.left_out))
             self.store.write(name, self.key(unit), lambda path: write_unit(path, anchors))
+            release_memory()
         progress.finish(what)
 
     def frame(self, units: Iterable[Unit]) -> AnchorsInfo:

@@ -1,0 +1,132 @@
+"""Writing the merged model's weight files: each tensor by its recipe, each file whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hf_fda.blocks import Unit
+from hf_fda.checkpoint.header import read_header, read_tensor
+from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
+from hf_fda.devices import release_memory
+from hf_fda.errors import RunError
+from hf_fda.planning import out_dtype
+from hf_fda.plans import Plan
+from hf_fda.progress import Progress
+from hf_fda.store import WORK, Store, key_of
+from hf_fda.taskvectors import TaskVectors
+from hf_fda.version import versions
+
+STAGED = f"{WORK}/staged"
+"""Where finished weight files wait until all are there."""
+
+BLOCKS = f"{WORK}/blocks"
+"""Where adapted units wait until the files that hold them are written."""
+
+RELEASE_EVERY = 50_000_000
+"""Bytes written to a weight file between two times that freed memory is given back."""
+
+
+class Assembly:
+    """The weight files of one plan.
+
+    Args:
+        plan: what to write.
+        store: where.
+        vectors: reads base and sources.
+        fingerprints: hashes of base and sources.
+        unit_key: the hash of everything that determines an adapted unit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        vectors: TaskVectors,
+        fingerprints: Mapping[str, str],
+        unit_key: Callable[[Unit], str],
+    ) -> None:
+        self.plan, self.store, self.vectors = plan, store, vectors
+        self.fingerprints, self.unit_key = dict(fingerprints), unit_key
+        self._finished: dict[str, bool] = {}
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether all weight files with tensors of a unit are finished."""
+        holding = [shard for shard in self.plan.shards if self._units_in(shard) & {unit.name}]
+        return all(self._is_finished(shard) for shard in holding)
+
+    def _units_in(self, shard: Shard) -> set[str]:
+        recipes = self.plan.result.recipes
+        return {recipes[name].unit or "" for group in shard.groups for name in group} - {""}
+
+    def _is_finished(self, shard: Shard) -> bool:
+        if shard.file not in self._finished:
+            key = self._shard_key(shard)
+            places = (shard.file, f"{STAGED}/{shard.file}")
+            self._finished[shard.file] = any(self.store.finished(place, key) for place in places)
+        return self._finished[shard.file]
+
+    def _shard_key(self, shard: Shard) -> str:
+        units = {unit.name: self.unit_key(unit) for unit in self.plan.units if unit.name in self._units_in(shard)}
+        recipes = self.plan.result.recipes
+        rules = [
+            (
+                name,
+                recipe.rule,
+                recipe.config.options() if recipe.config else None,
+                recipe.config and recipe.config.name,
+            )
+            for group in shard.groups
+            for name in group
+            for recipe in [recipes[name]]
+        ]
+        specs = {name: (str(spec.dtype), spec.shape) for name, spec in shard.specs.items()}
+        return key_of("shard", rules, specs, units, self.fingerprints, versions())
+
+    def write(self, shard: Shard, progress: Progress) -> None:
+        """Write one weight file, unless it is there."""
+        if not self._is_finished(shard):
+            progress.now(f"write {shard.file}")
+            self.store.write(f"{STAGED}/{shard.file}", self._shard_key(shard), lambda path: self._fill(path, shard))
+            release_memory()
+        progress.finish(shard.file)
+
+    def _fill(self, path: Path, shard: Shard) -> None:
+        result, written = self.plan.result, 0
+        with SafetensorsWriter(path, shard.specs) as file:
+            for group in shard.groups:
+                if written > RELEASE_EVERY:
+                    release_memory()
+                    written = 0
+                tensors = {
+                    name: self._tensor(name).to(out_dtype(self.plan.inputs, result, name, self.plan.dtype))
+                    for name in group
+                }
+                for name, tensor in result.layout.to_disk(tensors).items():
+                    file.write(name, tensor)
+                    written += tensor.nbytes
+
+    def _tensor(self, name: str) -> Tensor:
+        """One merged tensor in memory layout, on the CPU, by its recipe.
+
+        Raises:
+            RunError: when it is not finite although its inputs are.
+        """
+        recipe = self.plan.result.recipes[name]
+        if recipe.rule == "unit":
+            path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
+            return read_tensor(path, read_header(path)[self.plan.result.base_names[name]])
+        if recipe.rule == "base":
+            return self.plan.inputs.base.read(self.plan.result.base_names[name])
+        assert recipe.config is not None
+        own = self.plan.result.base_names.get(name)
+        if own is None:
+            merged = self.vectors.soup(name, recipe.config)
+        else:
+            dtype = out_dtype(self.plan.inputs, self.plan.result, name, self.plan.dtype)
+            merged = self.vectors.merged(own, recipe.config, dtype)
+        if merged.is_floating_point() and not bool(merged.isfinite().all()):
+            raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
+        return merged

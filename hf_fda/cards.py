@@ -26,13 +26,12 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], title: str = "merged") -> str:
+def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The card of a merged model.
 
     Args:
         arguments: the merge as `merge_config.yaml` records it.
         facts: model class, heads, licences, notes: what the plan knows.
-        title: heading.
     """
     licence, licence_line = output_licence(facts["licences"])
     ids = [arguments["base"], *arguments["sources"].values()]
@@ -50,7 +49,7 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], title: st
     return _render(
         "merged_model.md.jinja",
         metadata=metadata,
-        title=title,
+        title=f"{', '.join(arguments['sources'])}: merged by {arguments['method']}",
         where="PATH_OR_HUB_ID",
         method=arguments["method"],
         base=arguments["base"],

@@ -14,7 +14,7 @@ from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
 from hf_fda.devices import resolve_device
-from hf_fda.errors import InputError, nearest
+from hf_fda.errors import InputError, few, nearest
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, Source, open_inputs
@@ -241,12 +241,13 @@ def _notes(inputs: Inputs, config: MethodConfig, result: Output) -> list[str]:
     notes = []
     for source in inputs.weighted:
         if source.checkpoint.unexpected:
-            notes.append(f"source '{source.name}': {len(source.checkpoint.unexpected)} tensors unknown to its class")
+            unknown = few(source.checkpoint.unexpected)
+            notes.append(f"source '{source.name}': left out, as its class has no place for it: {unknown}")
         absent = [name for name in source.absent if name in result.recipes and result.recipes[name].rule == "method"]
         if absent:
             notes.append(f"source '{source.name}' lacks {len(absent)} tensors; they count as the base's for it")
     if inputs.base.unexpected:
-        notes.append(f"base: {len(inputs.base.unexpected)} tensors unknown to its class are left out")
+        notes.append(f"base: left out, as its class has no place for it: {few(inputs.base.unexpected)}")
     if result.layout is not inputs.base.layout:
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
     if isinstance(config, FDAConfig) and config.rest == "base":

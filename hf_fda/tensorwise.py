@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_fda.checkpoint.layout import Role
 from hf_fda.merge_methods import MethodConfig
 
-PART = 2**22
+PART = 2**20
 """Entries of a large tensor that are merged at a time where entries do not depend on each other."""
 
 

@@ -62,6 +62,7 @@ def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch: int 
 
     right = 0
     model.eval()
+    rows = sorted(rows, key=lambda row: len(row["text"]) + len(row.get("text_pair", "")))  # little padding
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         pairs = [row["text_pair"] for row in part] if "text_pair" in part[0] else None

@@ -78,15 +78,23 @@ def merge_row(queue: Any, checkpoints: Path, names: list[str], output: Path, arg
     """One merge, in a process of its own: seconds and peak bytes go into the queue."""
     import hf_fda
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start = time.perf_counter()
     sources = {name: str(checkpoints / name) for name in names}
     hf_fda.merge(str(checkpoints / "base"), sources, output=output, quiet=True, **arguments)
     seconds = time.perf_counter() - start
-    queue.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before))
+    queue.put((seconds, peak_bytes()))
 
 
-def in_process(function: Any, *arguments: Any) -> tuple[float, float, float]:
+def peak_bytes() -> int:
+    """Peak resident bytes of this process. (On Linux `ru_maxrss` would start from the parent's.)"""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def in_process(function: Any, *arguments: Any) -> tuple[float, float]:
     """Run a function in a fresh process and take its figures."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -174,18 +182,18 @@ def run_row(
     """Do one row's merge; seconds (construction apart from the rest, for FDA) and peak bytes."""
     output = options.work / slug(label, seed)
     if arguments["method"] != "fda":
-        seconds, peak, _ = in_process(merge_row, options.checkpoints, names, output, arguments)
+        seconds, peak = in_process(merge_row, options.checkpoints, names, output, arguments)
         return [seconds], peak
     shared = options.work / slug(f"anchors {arguments['initialization']}", seed)
     figures = shared / "seconds.json"
     if not figures.is_file():
         only = {**arguments, "initial": "base", "epochs": 0, "seed": seed}
         only.pop("scaling", None)
-        seconds, peak, _ = in_process(merge_row, options.checkpoints, names, shared, only)
+        seconds, peak = in_process(merge_row, options.checkpoints, names, shared, only)
         figures.write_text(json.dumps([seconds, peak]))
     construction, construction_peak = json.loads(figures.read_text())
     anchors = {name: str(shared / "anchors" / name) for name in names}
-    seconds, peak, _ = in_process(
+    seconds, peak = in_process(
         merge_row, options.checkpoints, names, output, {**arguments, "anchors": anchors, "seed": seed}
     )
     return [construction, seconds], max(construction_peak, peak)

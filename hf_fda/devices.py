@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from functools import cache
 
@@ -46,7 +45,6 @@ def release_memory() -> None:
     Without it the allocator keeps pieces of every size it was ever asked for, and what a run holds grows with the
     number of blocks although each block's own memory is freed.
     """
-    gc.collect()
     trim = _trim()
     if trim is not None:
         trim(0)

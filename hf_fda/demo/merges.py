@@ -1,0 +1,60 @@
+"""Which merges the demo compares: every registered method, and what it is called in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fda.demo.settings import Settings
+from hf_fda.merge_methods import methods
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{}],
+    "task_arithmetic": [{"scaling": 0.45}],
+    "tsv": [{"scaling": 1.75}],
+    "isotropic": [{"scaling": 3.5}],
+    "wudi": [{"solver": "iterative", "scaling": 0.9}, {"solver": "closed_form", "scaling": 1.4}],
+}
+"""Options of the parameter-space methods: for each the scaling that is best on validation rows, over seeds 0, 1 and 2
+and over a grid with worse values on both sides, so that fda is compared with each at its best. A method that is not
+listed runs with its defaults."""
+
+REST: dict[str, Any] = {"method": "task_arithmetic", "scaling": 0.5}
+"""What lies before the blocks in the fda merges."""
+
+STARTS: list[dict[str, Any]] = [
+    {"initial": "tsv", "scaling": 1.75, "adaptation_learning_rate": 1e-2},
+    {"initial": "isotropic", "scaling": 3.0, "adaptation_learning_rate": 1e-2},
+    {"initial": "task_arithmetic", "scaling": 0.5, "adaptation_learning_rate": 3e-2},
+    {"initial": "base", "adaptation_learning_rate": 1e-3},
+]
+"""Where fda starts from; step sizes and scalings chosen on validation rows too. The first constructs the anchors, the
+others reuse them."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A row of the table: its label and what `hf_fda.merge` gets."""
+
+    label: str
+    method: str
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return self.label.replace(" ", "_")
+
+
+def merges(settings: Settings) -> Iterator[Merge]:
+    """The base with the tasks' heads, then every registered method, fda last."""
+    yield Merge("base with own heads", "task_arithmetic", {"scaling": 0.0})
+    for name in methods():
+        if name != "fda":
+            variants = VARIANTS.get(name, [{}])
+            for options in variants:
+                yield Merge(f"{name} {options['solver']}" if "solver" in options else name, name, options)
+    for start in STARTS:
+        options = {**start, "rest": REST, "steps": settings.steps, "num_anchors": settings.num_anchors}
+        yield Merge(f"fda from {start['initial']}", "fda", {**options, "epochs": settings.epochs})

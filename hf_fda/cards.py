@@ -81,6 +81,7 @@ def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], title: st
         seed=info.seed,
         settings={name: _words(value) for name, value in info.config.items()},
         rows=rows,
+        left_out=sorted({name for row in rows for name in row["left_out"]}),
     )
 
 

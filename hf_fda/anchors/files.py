@@ -102,6 +102,7 @@ def write_frame(folder: Path, info: AnchorsInfo) -> None:
                 "dtype": str(entries["anchors"].dtype).removeprefix("torch."),
                 "loss": float(metadata["loss"]),
                 "steps": int(metadata["steps"]),
+                "left_out": list(json.loads(metadata.get("left_out", "[]"))),
             }
         )
     (folder / INDEX).parent.mkdir(parents=True, exist_ok=True)

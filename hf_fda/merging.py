@@ -50,7 +50,7 @@ def merge(
         >>> merged = merge("base/", {"sst2": "sst2/", "trec": "trec/"}, output="merged/")  # doctest: +SKIP
         >>> model = merged.load(task="sst2")  # doctest: +SKIP
     """
-    todo = plan(
+    checked = plan(
         base,
         sources,
         method,
@@ -66,4 +66,4 @@ def merge(
         trust_remote_code=trust_remote_code,
         **options,
     )
-    return Merged(run(todo, quiet))
+    return Merged(run(checked, quiet))

@@ -25,7 +25,7 @@ STAGED = f"{WORK}/staged"
 BLOCKS = f"{WORK}/blocks"
 """Where adapted units wait until the files that hold them are written."""
 
-RELEASE_EVERY = 50_000_000
+RELEASE_EVERY = 10_000_000
 """Bytes written to a weight file between two times that freed memory is given back."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but the records of work."""
+def files(folder: Path) -> dict[str, str]:
+    """A hash of every file below a folder but the records of work."""
     paths = [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

@@ -254,6 +254,7 @@ def test_the_command_does_what_the_function_does(library: Library, tmp_path: Pat
     base, sources = library("bert")
     words = ["merge", "--base", str(base), "--source", f"a={sources[0]}", "--source", f"b={sources[1]}"]
     words += ["--method", "fda", "--initial", "task_arithmetic", "--scaling=0.3", "--unit", "attention,output"]
+    words += ["--rest", "base"]
     words += ["--num-anchors", "4", "--steps=3", "--epochs", "2", "--seed", "7", "--device", "cpu", "--quiet"]
     assert main([*words, "--output", str(tmp_path / "command")]) == 0
     tasks = {"a": sources[0], "b": sources[1]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import random
@@ -29,10 +30,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file that a user sees, by its path inside the folder."""
+def contents(folder: Path) -> dict[str, str]:
+    """A hash of every file that a user sees, by its path inside the folder."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and ".cache" not in path.parts
     }

@@ -65,11 +65,11 @@ def run_demo(output: Path, seed: int = 0, quiet: bool = False, settings: Setting
         models = {task: open_model(folder) for task, folder in tuned.items()}
         rows = [_row("individual models", models.__getitem__, digits, time.monotonic() - started)]
         anchors: dict[str, Path] = {}
-        for todo in merges(settings):
-            say(f"merging: {todo.label}")
-            row = _merged_row(todo, output / "merged" / todo.folder, base, tuned, anchors, digits, seed, quiet)
+        for entry in merges(settings):
+            say(f"merging: {entry.label}")
+            row = _merged_row(entry, output / "merged" / entry.folder, base, tuned, anchors, digits, seed, quiet)
             rows.append(row)
-            if todo.method == "fda" and not anchors and row.folder is not None:
+            if entry.method == "fda" and not anchors and row.folder is not None:
                 anchors = {task: row.folder / "anchors" / task for task in TASKS}
     best = max((row for row in rows if row.folder is not None), key=lambda row: row.validation)
     assert best.folder is not None
@@ -100,7 +100,7 @@ def _row(label: str, load: Callable[[str], Any], digits: Digits, seconds: float,
 
 
 def _merged_row(
-    todo: Merge,
+    entry: Merge,
     folder: Path,
     base: Path,
     tuned: Mapping[str, Path],
@@ -111,19 +111,19 @@ def _merged_row(
 ) -> Row:
     """Merge and measure."""
     started = time.monotonic()
-    shared = dict(anchors) if todo.method == "fda" else {}
+    shared = dict(anchors) if entry.method == "fda" else {}
     merged = merge(
         base,
         dict(tuned),
-        todo.method,
+        entry.method,
         folder,
         device="cpu",  # too small to gain from another, and the table is then the same with and without a GPU
         seed=seed,
         anchors=shared or None,
         quiet=quiet,
-        **todo.options,
+        **entry.options,
     )
-    return _row(todo.label, merged.load, digits, time.monotonic() - started, folder)
+    return _row(entry.label, merged.load, digits, time.monotonic() - started, folder)
 
 
 def _claim(output: Path) -> None:

@@ -52,7 +52,7 @@ def measure(queue: Any, base: Path, sources: list[Path], output: Path, options: 
     import hf_fda
     from hf_fda.engine import run
 
-    first = base.parent / "first"  # a first, small merge loads what is loaded on first use
+    first = base.parent / "first"  # two layers of the same width: what is loaded and kept on first use
     hf_fda.merge(base.parent / "small0", [base.parent / "small1"], output=first, quiet=True, **options)
     shutil.rmtree(first)
     gc.collect()
@@ -78,7 +78,7 @@ def main() -> None:
     for layers in options.layers:
         folders = [options.work / f"model{number}" for number in range(options.sources + 1)]
         shapes = [(folder, layers, options.hidden) for folder in folders]
-        shapes += [(options.work / f"small{number}", 2, 64) for number in range(2)]
+        shapes += [(options.work / f"small{number}", 2, options.hidden) for number in range(2)]
         for number, shape in enumerate(shapes):
             making = context.Process(target=make, args=(*shape, number))
             making.start()

@@ -14,8 +14,8 @@ from hf_fda.devices import release_memory
 from hf_fda.errors import RunError
 from hf_fda.planning import out_dtype
 from hf_fda.plans import Plan
-from hf_fda.progress import Progress
-from hf_fda.store import WORK, Store, key_of
+from hf_fda.stages import Piece
+from hf_fda.store import WORK, key_of
 from hf_fda.taskvectors import TaskVectors
 from hf_fda.version import versions
 
@@ -34,7 +34,6 @@ class Assembly:
 
     Args:
         plan: what to write.
-        store: where.
         vectors: reads base and sources.
         fingerprints: hashes of base and sources.
         unit_key: the hash of everything that determines an adapted unit.
@@ -43,33 +42,34 @@ class Assembly:
     def __init__(
         self,
         plan: Plan,
-        store: Store,
         vectors: TaskVectors,
         fingerprints: Mapping[str, str],
         unit_key: Callable[[Unit], str],
     ) -> None:
-        self.plan, self.store, self.vectors = plan, store, vectors
+        self.plan, self.vectors = plan, vectors
         self.fingerprints, self.unit_key = dict(fingerprints), unit_key
-        self._finished: dict[str, bool] = {}
 
-    def holds(self, unit: Unit) -> bool:
-        """Whether all weight files with tensors of a unit are finished."""
-        holding = [shard for shard in self.plan.shards if self._units_in(shard) & {unit.name}]
-        return all(self._is_finished(shard) for shard in holding)
-
-    def _units_in(self, shard: Shard) -> set[str]:
+    def units_in(self, shard: Shard) -> set[str]:
+        """The units that a weight file holds tensors of."""
         recipes = self.plan.result.recipes
         return {recipes[name].unit or "" for group in shard.groups for name in group} - {""}
 
-    def _is_finished(self, shard: Shard) -> bool:
-        if shard.file not in self._finished:
-            key = self._shard_key(shard)
-            places = (shard.file, f"{STAGED}/{shard.file}")
-            self._finished[shard.file] = any(self.store.finished(place, key) for place in places)
-        return self._finished[shard.file]
+    def piece(self, shard: Shard, cost: float) -> Piece:
+        """The work of writing one weight file.
+
+        Args:
+            shard: which.
+            cost: of it, compared with other pieces.
+        """
+        staged = f"{STAGED}/{shard.file}"
+
+        def make() -> Callable[[Path], None]:
+            return lambda path: self._fill(path, shard)
+
+        return Piece(f"write {shard.file}", staged, self._shard_key(shard), cost, make, (shard.file,))
 
     def _shard_key(self, shard: Shard) -> str:
-        units = {unit.name: self.unit_key(unit) for unit in self.plan.units if unit.name in self._units_in(shard)}
+        units = {unit.name: self.unit_key(unit) for unit in self.plan.units if unit.name in self.units_in(shard)}
         recipes = self.plan.result.recipes
         rules = [
             (
@@ -84,14 +84,6 @@ class Assembly:
         ]
         specs = {name: (str(spec.dtype), spec.shape) for name, spec in shard.specs.items()}
         return key_of("shard", rules, specs, units, self.fingerprints, versions())
-
-    def write(self, shard: Shard, progress: Progress) -> None:
-        """Write one weight file, unless it is there."""
-        if not self._is_finished(shard):
-            progress.now(f"write {shard.file}")
-            self.store.write(f"{STAGED}/{shard.file}", self._shard_key(shard), lambda path: self._fill(path, shard))
-            release_memory()
-        progress.finish(shard.file)
 
     def _fill(self, path: Path, shard: Shard) -> None:
         result, written = self.plan.result, 0

@@ -7,22 +7,26 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from accelerate import PartialState
 
 from hf_fda.errors import InputError
+from hf_fda.processes import partial_state, several
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device that a name stands for; "auto" is Accelerate's choice for this process.
 
+    Of several processes each has a device of its own: "cuda" without a number is this process's.
+
     Raises:
         InputError: when torch does not know the name or has no such device here.
     """
     if device == "auto":
-        # Without cpu=True a process launched on a machine without GPUs believes that it is alone.
-        return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available())).device
+        return partial_state().device
     try:
         chosen = torch.device(device)
+        if several() and chosen.index is None and chosen.type != "cpu":
+            own = partial_state(chosen).device
+            chosen = own if own.type == chosen.type else chosen
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -1,84 +1,128 @@
-"""Runs a plan: block by block and tensor by tensor, each result a finished file before the next begins."""
+"""Runs a plan: block by block and tensor by tensor, in any number of processes, each result a finished file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hf_fda import costs
 from hf_fda.anchors import AnchorBuilder, UnitAnchors, adapt_unit, unit_generator
 from hf_fda.anchors.files import Construction, read_unit, unit_file
 from hf_fda.assembly import BLOCKS, Assembly
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import save_tensors
-from hf_fda.devices import release_memory
 from hf_fda.errors import InputError, RunError
 from hf_fda.inputs import Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.planning import check_disk
 from hf_fda.plans import Plan
+from hf_fda.processes import Team, together
 from hf_fda.progress import Progress, logger
 from hf_fda.publish import publish
+from hf_fda.sharing import check_same, check_shared
+from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store, key_of
-from hf_fda.taskvectors import TaskVectors
+from hf_fda.taskvectors import TaskVectors, warn_of_equals
 from hf_fda.tensorwise import apply_method
 from hf_fda.version import versions
 
 
-def run(plan: Plan, quiet: bool = False) -> Path:
+def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
     """Do what a plan says. Work that an earlier run of the same plan finished is not done again.
+
+    Processes that were launched together share the work; each of them makes the same plan and calls this.
 
     Args:
         plan: from `hf_fda.plan`.
         quiet: show no progress.
+        team: the processes that make the plan come true together; those launched together if None.
 
     Returns:
         the output folder.
 
     Raises:
-        InputError: when the disk has no room for the result; nothing was written then.
+        InputError: when the disk has no room for the result, or processes see different files; nothing was written.
         RunError: when the work fails on the way; the same call goes on from there.
     """
-    check_disk(plan)
-    with Progress(len(plan.constructions) + len(plan.units) + len(plan.shards), quiet) as progress:
+    if team is None:
+        with together(plan.device) as team:
+            return run(plan, quiet, team)
+    team.agree(lambda: check_disk(plan) if team.main else None)
+    total = len(plan.constructions) + len(plan.units) + len(plan.shards)
+    with Progress(total, quiet or not team.main) as progress:
         try:
-            Engine(plan, progress).merge()
-        except InputError as error:  # an input that was whole when the plan was made: a download that broke off
+            engine = Engine(plan, progress, team)
+            check_same(engine.facts(), team)
+            check_shared(plan.output, team)
+            engine.merge()
+        except InputError as error:
+            if error.agreed:
+                raise
+            # An input that was whole when the plan was made: a download that broke off
             raise RunError(f"{error}; the same call goes on from here") from None
     return plan.output
 
 
 class Engine:
-    """One run of a plan.
+    """One process's part in a run of a plan.
 
     Args:
         plan: what to do.
         progress: whom to tell.
+        team: the processes that do it.
     """
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: Plan, progress: Progress, team: Team) -> None:
+        self.plan, self.progress, self.team = plan, progress, team
         self.base = plan.inputs.base
         self.store = Store(plan.output)
         self.vectors = TaskVectors(plan.inputs, plan.device)
-        self.assembly = Assembly(plan, self.store, self.vectors, self.fingerprints, self._unit_key)
+        self.assembly = Assembly(plan, self.vectors, self.fingerprints, lambda unit: self._unit_keys[unit.name])
 
     def merge(self) -> None:
-        """Construct, adapt, assemble, publish."""
-        for unit in self.plan.units:
-            for source in self.plan.sources_of(unit):
-                if source.anchors is None:
-                    self._construction(source).construct(unit, self.progress)
-            self._adapt(unit)
-        for source in self.plan.inputs.sources:
-            if source.anchors is None and self.plan.units:
-                self._construction(source).frame(self.plan.units_of(source))
-        for shard in self.plan.shards:
-            self.assembly.write(shard, self.progress)
-        publish(self.plan, self.store)
-        self.vectors.warn_of_equals()
+        """Construct, adapt, assemble, publish: each stage begins when all processes have ended the one before."""
+        writing = [
+            self.assembly.piece(shard, costs.writing(self.plan.inputs, self.plan.result, shard).weight)
+            for shard in self.plan.shards
+        ]
+        written = find_finished(writing, self.store, self.team)
+        self._construct()
+        self._adapt(
+            {
+                file
+                for shard, done in zip(self.plan.shards, written, strict=True)
+                if not done
+                for file in self.assembly.units_in(shard)
+            }
+        )
+        self._work_off(writing, written)
+        if self.team.main:
+            publish(self.plan, self.store)
+        moved = self.team.gather(self.vectors.moved)
+        if self.team.main:
+            warn_of_equals(moved)
+
+    def facts(self) -> dict[str, str]:
+        """What all processes must see alike, as hashes by what it is."""
+        plan = self.plan
+        weights = {
+            f"the weights of source '{name}'" if name else "the base's weights": found
+            for name, found in self.fingerprints.items()
+        }
+        work = [unit.name for unit in plan.units], [shard.file for shard in plan.shards]
+        return {
+            "the arguments": key_of(plan.arguments),
+            **weights,
+            "the work to do": key_of(work),
+            "versions": key_of(versions()),
+        }
+
+    def _work_off(self, pieces: Sequence[Piece], finished: Sequence[bool]) -> None:
+        work_off(pieces, finished, self.store, self.team, self.progress)
 
     # -- anchors ---------------------------------------------------------------------------------------------------
 
@@ -100,9 +144,34 @@ class Engine:
         prints = (self.fingerprints[""], self.fingerprints[source.name])
         return Construction(self.store, f"anchors/{source.name}/", self.builder, source.weights, prints)
 
+    def _construct(self) -> None:
+        """The anchors of every source that has none, unit by unit; and what lies around them."""
+        config, inputs = self.plan.config, self.plan.inputs
+        pieces = []
+        for source, unit in self.plan.constructions:
+            assert isinstance(config, FDAConfig)
+            cost = costs.construction(inputs.base, config, unit).weight
+            pieces.append(self._construction(source).piece(unit, cost, self.progress))
+        self._work_off(pieces, find_finished(pieces, self.store, self.team))
+        for source in inputs.sources if self.team.main and self.plan.units else ():
+            if source.anchors is None:
+                self._construction(source).frame(self.plan.units_of(source))
+
+    @cached_property
+    def _given(self) -> dict[tuple[str, str], str]:
+        """Hashes of the anchors that were given, by source and unit; each is read by one process only."""
+        given = [
+            (source.anchors, source.name, unit.name)
+            for unit in self.plan.units
+            for source in self.plan.sources_of(unit)
+            if source.anchors is not None
+        ]
+        hashes = self.team.map(lambda item: item[0].digest(item[2]), given)
+        return {(source, unit): found for (_, source, unit), found in zip(given, hashes, strict=True)}
+
     def _anchors_key(self, source: Source, unit: Unit) -> str:
         if source.anchors is not None:
-            return key_of("given", source.anchors.digest(unit.name))
+            return key_of("given", self._given[source.name, unit.name])
         return self._construction(source).key(unit)
 
     def _anchors_of(self, source: Source, unit: Unit) -> UnitAnchors:
@@ -116,15 +185,28 @@ class Engine:
 
     # -- adaptation ------------------------------------------------------------------------------------------------
 
-    def _adapt(self, unit: Unit) -> None:
-        """Adapt one unit to the anchors of all sources, unless that is done."""
-        name, key = f"{BLOCKS}/{unit.name}.safetensors", self._unit_key(unit)
-        if not self.store.finished(name, key) and not self.assembly.holds(unit):
-            self.progress.now(f"adapt {unit.name}")
+    def _adapt(self, wanted: Container[str]) -> None:
+        """Adapt every unit to the anchors of all sources.
+
+        Args:
+            wanted: units that weight files still have to be written of; the others are finished.
+        """
+        pieces = [self._adaptation(unit) for unit in self.plan.units]
+        needed = [piece for piece, unit in zip(pieces, self.plan.units, strict=True) if unit.name in wanted]
+        found = iter(find_finished(needed, self.store, self.team))
+        self._work_off(pieces, [unit.name not in wanted or next(found) for unit in self.plan.units])
+
+    def _adaptation(self, unit: Unit) -> Piece:
+        """The work of adapting one unit."""
+        assert isinstance(self.plan.config, FDAConfig)
+
+        def make() -> Callable[[Path], None]:
             adapted = self._adapted(unit)
-            self.store.write(name, key, lambda path: save_tensors(path, adapted))
-            release_memory()
-        self.progress.finish(unit.name)
+            return lambda path: save_tensors(path, adapted)
+
+        sources = len(self.plan.sources_of(unit))
+        cost = costs.adaptation(self.base, self.plan.config, unit, sources).weight
+        return Piece(f"adapt {unit.name}", f"{BLOCKS}/{unit.name}.safetensors", self._unit_keys[unit.name], cost, make)
 
     def _adapted(self, unit: Unit) -> dict[str, Tensor]:
         """The merged tensors of one unit, by the base's names, in float32."""
@@ -172,6 +254,11 @@ class Engine:
             for held, task in zip(tasks, theirs if own else [merged], strict=True):
                 held[path] = task
         return tasks
+
+    @cached_property
+    def _unit_keys(self) -> dict[str, str]:
+        """By unit, a hash of everything that determines how it comes out."""
+        return {unit.name: self._unit_key(unit) for unit in self.plan.units}
 
     def _unit_key(self, unit: Unit) -> str:
         config = self.plan.config

@@ -7,7 +7,12 @@ from difflib import get_close_matches
 
 
 class HFFDAError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    `agreed` says whether every one of several processes raises it, so that it needs to be said only once.
+    """
+
+    agreed: bool = False
 
 
 class InputError(HFFDAError, ValueError):
@@ -16,6 +21,10 @@ class InputError(HFFDAError, ValueError):
 
 class RunError(HFFDAError, RuntimeError):
     """The work failed on the way. What was finished stays on disk; the same call goes on from there."""
+
+
+class PeerError(RunError):
+    """This process stops because another one that worked on the same merge failed or was killed."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

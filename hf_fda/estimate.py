@@ -7,6 +7,7 @@ from math import prod
 
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
+from hf_fda.costs import tokens_of, width
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.recipes import Output
@@ -44,7 +45,7 @@ def _construction(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
 def _adaptation(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     """Parameters, gradients, two moments, the step, and the task vectors where coefficients are adapted."""
     tasks = 0 if config.initial == "base" else len(inputs.sources)
-    anchors = len(inputs.sources) * (config.num_anchors or 0) * (config.num_tokens or 1) * _width(inputs) * 2
+    anchors = len(inputs.sources) * (config.num_anchors or 0) * (config.num_tokens or 1) * width(inputs.base) * 2
     return (_entries(inputs, unit.tensors) * (7 + tasks) + anchors) * 4
 
 
@@ -52,19 +53,7 @@ def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     """Entries of all linear outputs of a unit for all its anchors."""
     shapes = inputs.base.layout.shapes
     outputs = sum(shapes[name][0] for name in unit.tensors if len(shapes[name]) == 2)
-    return (config.num_anchors or 0) * (config.num_tokens or _tokens(inputs)) * outputs
-
-
-def _tokens(inputs: Inputs) -> int:
-    """Tokens of an image; of a text the published five."""
-    config = inputs.base.config
-    vision = getattr(config, "vision_config", config)
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 5
-
-
-def _width(inputs: Inputs) -> int:
-    return int(inputs.base.config.get_text_config().hidden_size)
+    return (config.num_anchors or 0) * (tokens_of(inputs.base, config)) * outputs
 
 
 def _entries(inputs: Inputs, names: Iterable[str]) -> int:
@@ -77,7 +66,7 @@ def disk_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], shar
     if not isinstance(config, FDAConfig):
         return model
     blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4
-    tokens = config.num_tokens or _tokens(inputs)
+    tokens = tokens_of(inputs.base, config)
     constructed = sum(source.anchors is None for source in inputs.sources)
-    anchors = constructed * len(units) * (config.num_anchors or 0) * tokens * _width(inputs) * 4 * 2
+    anchors = constructed * len(units) * (config.num_anchors or 0) * tokens * width(inputs.base) * 4 * 2
     return model + blocks + anchors

@@ -11,6 +11,7 @@ from hf_fda.engine import run
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merged import Merged
 from hf_fda.planning import plan
+from hf_fda.processes import together
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,9 @@ def merge(
     All arguments but `quiet` (show no progress) are those of `hf_fda.plan`, which runs first: what cannot be used is
     refused before anything is written. Interrupted, the same call goes on where it stopped.
 
+    Launched in several processes (`torchrun`, `accelerate launch`), on one machine or on several that share the
+    output folder, the processes do the work together: each calls this with the same arguments and gets the result.
+
     Returns:
         the merged model; `.load(task)` gives it as a transformers model.
 
@@ -50,20 +54,23 @@ def merge(
         >>> merged = merge("base/", {"sst2": "sst2/", "trec": "trec/"}, output="merged/")  # doctest: +SKIP
         >>> model = merged.load(task="sst2")  # doctest: +SKIP
     """
-    checked = plan(
-        base,
-        sources,
-        method,
-        output,
-        as_adapter,
-        data,
-        device,
-        dtype,
-        seed,
-        anchors=anchors,
-        heads=heads,
-        max_shard_bytes=max_shard_bytes,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
-    return Merged(run(checked, quiet))
+    with together(device) as team:
+        checked = team.agree(
+            lambda: plan(
+                base,
+                sources,
+                method,
+                output,
+                as_adapter,
+                data,
+                device,
+                dtype,
+                seed,
+                anchors=anchors,
+                heads=heads,
+                max_shard_bytes=max_shard_bytes,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
+        )
+        return Merged(run(checked, quiet, team))

@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,20 @@ class Store:
             os.replace(partial, record)
         return path
 
+    def await_file(self, name: str, seconds: float = 120.0) -> None:
+        """Wait until a file that another process has written is seen here: network file systems remember for a
+        while what was not there.
+
+        Raises:
+            RunError: when it does not show itself.
+        """
+        path = self.folder / name
+        if not appears(path, seconds):
+            raise RunError(
+                f"{path}: another process wrote it, but it is not to be seen on {socket.gethostname()} after "
+                f"{seconds:.0f} seconds; check the shared file system and run the same command again"
+            )
+
     def move(self, name: str, target: str) -> None:
         """Move a finished file with its record; interrupted anywhere, one of the two names stays finished."""
         source, destination = self.folder / name, self.folder / target
@@ -138,6 +154,20 @@ def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def appears(path: Path, seconds: float) -> bool:
+    """Whether a path exists within some seconds; looking into the folders above makes a network file system look."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        for parent in path.parents:
+            if parent.is_dir():
+                os.listdir(parent)
+                break
+        time.sleep(0.2)
+    return True
 
 
 def _flush(path: Path) -> None:

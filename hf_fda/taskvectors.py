@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -26,7 +26,7 @@ class TaskVectors:
 
     def __init__(self, inputs: Inputs, device: torch.device) -> None:
         self.inputs, self.base, self.device = inputs, inputs.base, device
-        self._moved: dict[str, bool] = {}
+        self.moved: dict[str, bool] = {}
 
     def read(self, name: str, work: torch.dtype, part: slice | None = None) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the sources' task tensors, on the device.
@@ -89,9 +89,17 @@ class TaskVectors:
 
     def note_move(self, source: str, moved: Callable[[], bool]) -> None:
         """Remember whether a source was seen to differ from the base; asks no more once it was."""
-        self._moved[source] = self._moved.get(source, False) or moved()
+        self.moved[source] = self.moved.get(source, False) or moved()
 
-    def warn_of_equals(self) -> None:
-        """Say which sources never differed from the base in anything that was read."""
-        for name in (name for name, moved in self._moved.items() if not moved):
+
+def warn_of_equals(moved: Sequence[Mapping[str, bool]]) -> None:
+    """Say which sources never differed from the base in anything that was read.
+
+    Args:
+        moved: of each process, whether a source was seen to differ, by name.
+    """
+    seen = [name for found in moved for name in found]
+    moving = {name for found in moved for name, differs in found.items() if differs}
+    for name in dict.fromkeys(seen):
+        if name not in moving:
             logger.warning("source '%s' equals the base in all that was merged: its task vector is zero", name)

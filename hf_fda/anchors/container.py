@@ -12,30 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 
-from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.files import (
     MANIFEST,
     AnchorsInfo,
-    Construction,
-    provenance,
     read_manifest,
     read_unit,
     unit_file,
     write_frame,
     write_unit,
 )
-from hf_fda.blocks import family_of, find_units
-from hf_fda.checkpoint.alignment import align, check_shapes
-from hf_fda.checkpoint.reader import open_checkpoint
-from hf_fda.devices import resolve_device
+from hf_fda.anchors.making import Making
 from hf_fda.errors import InputError, nearest
 from hf_fda.hub import hub_errors
-from hf_fda.merge_methods.fda import FDAConfig
-from hf_fda.merge_methods.registry import resolve_method
-from hf_fda.progress import Progress
+from hf_fda.processes import together
 from hf_fda.pushing import push
-from hf_fda.store import Store, digest, new_folder
+from hf_fda.store import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,6 +131,9 @@ class FunctionalDualAnchors:
     ) -> FunctionalDualAnchors:
         """Construct the anchors of a fine-tuned model; no data is looked at.
 
+        Launched in several processes (`torchrun`, `accelerate launch`), these share the blocks: each calls this with
+        the same arguments and gets all anchors.
+
         Args:
             base: the checkpoint it was fine-tuned from: Hub id, folder or model.
             source: the fine-tuned checkpoint.
@@ -154,25 +149,11 @@ class FunctionalDualAnchors:
             InputError: when base or source cannot be used or do not belong together.
             RunError: when a loss becomes infinite or not a number.
         """
-        config = resolve_method("fda", options)
-        assert isinstance(config, FDAConfig)
-        theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
-        tuned = align(theta, open_checkpoint(source, trust_remote_code=trust_remote_code, label="source"), "source")
-        config = config.for_family(family_of(theta.layout), hidden_size(theta.config))
-        units = find_units(theta.layout, config.unit or ("block",))
-        check_shapes(theta, tuned, [name for unit in units for name in unit.tensors])
-        builder = AnchorBuilder(theta, units, config, resolve_device(device), seed)
-        if output is None:
-            built = {unit.name: builder.build(tuned, unit) for unit in units}
-            origins = provenance(theta), provenance(tuned.checkpoint)
-            return cls(AnchorsInfo(tuple(built), config.construction(), *origins, seed), built)
-        store = Store(new_folder(output))
-        prints = (theta.fingerprint(), tuned.checkpoint.fingerprint())
-        making = Construction(store, "", builder, tuned, prints)
-        with Progress(len(units), quiet) as progress:
-            for unit in units:
-                making.construct(unit, progress)
-        return cls(making.frame(units), folder=store.folder)
+        with together(device) as team:
+            making = team.agree(lambda: Making.prepare(base, source, device, seed, trust_remote_code, output, options))
+            if making.folder is None:
+                return cls(*making.in_memory(team))
+            return cls(making.on_disk(team, quiet), folder=making.folder)
 
     @classmethod
     def from_pretrained(cls, id: str | os.PathLike[str], revision: str | None = None) -> FunctionalDualAnchors:

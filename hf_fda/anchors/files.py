@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from hf_fda.cards import anchors_card
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
-from hf_fda.devices import release_memory
 from hf_fda.errors import InputError
 from hf_fda.progress import Progress, logger
+from hf_fda.stages import Piece
 from hf_fda.store import Store, key_of
 from hf_fda.version import versions
 
@@ -161,23 +161,30 @@ class Construction:
         options = self.builder.config.construction()
         return key_of("anchors", unit.name, options, self.fingerprints, self.builder.seed, versions())
 
-    def construct(self, unit: Unit, progress: Progress) -> None:
-        """Make one unit's anchors, unless they are there undamaged."""
-        name, what = f"{self.prefix}{unit_file(unit.name)}", f"{self.source.name} {unit.name}"
-        if not self.store.finished(name, self.key(unit)):
-            progress.now(f"construct {what}")
-            anchors = self.builder.build(self.source, unit, lambda step, loss: progress.now(f"construct {what}", loss))
+    def piece(self, unit: Unit, cost: float, progress: Progress) -> Piece:
+        """The work of making one unit's anchors.
+
+        Args:
+            unit: which.
+            cost: of it, compared with other pieces.
+            progress: whom to tell the loss on the way.
+        """
+        what = f"construct {self.source.name} {unit.name}"
+
+        def make() -> Callable[[Path], None]:
+            anchors = self.builder.build(self.source, unit, lambda step, loss: progress.now(what, loss))
             if anchors.left_out:
                 logger.debug("%s: no gradient or no task vector for %s", what, ", ".join(anchors.left_out))
-            self.store.write(name, self.key(unit), lambda path: write_unit(path, anchors))
-            release_memory()
-        progress.finish(what)
+            return lambda path: write_unit(path, anchors)
 
-    def frame(self, units: Iterable[Unit]) -> AnchorsInfo:
-        """Write index, card and manifest around complete blocks."""
-        config = self.builder.config.construction()
+        return Piece(what, f"{self.prefix}{unit_file(unit.name)}", self.key(unit), cost, make)
+
+    def info(self, units: Iterable[Unit]) -> AnchorsInfo:
+        """What the manifest of these units says."""
         names = tuple(unit.name for unit in units)
         base, source = provenance(self.builder.base), provenance(self.source.checkpoint)
-        info = AnchorsInfo(names, config, base, source, self.builder.seed)
-        write_frame(self.folder, info)
-        return info
+        return AnchorsInfo(names, self.builder.config.construction(), base, source, self.builder.seed)
+
+    def frame(self, units: Iterable[Unit]) -> None:
+        """Write index, card and manifest around complete blocks."""
+        write_frame(self.folder, self.info(units))

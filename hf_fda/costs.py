@@ -1,0 +1,143 @@
+"""How much work the pieces of a merge are, from shapes alone, and how long they take at a measured speed.
+
+What a piece costs decides which process does it; only `predict` needs seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import TYPE_CHECKING, Any
+
+from hf_fda.tensorwise import by_entry
+
+if TYPE_CHECKING:
+    from hf_fda.blocks import Unit
+    from hf_fda.checkpoint.reader import Checkpoint
+    from hf_fda.checkpoint.writer import Shard
+    from hf_fda.inputs import Inputs
+    from hf_fda.merge_methods import FDAConfig, MethodConfig
+    from hf_fda.recipes import Output
+
+STEP_PRODUCTS = 10
+"""Products of all tokens with a weight in one construction step: the forward passes of base and source, the base's
+output and parameter gradients, and the second pass through all of these with respect to the anchors."""
+
+STEP_PASSES = 8
+"""Times a construction step reads or writes every parameter's gradient and task vector for their cosines."""
+
+ADAM_PASSES = 12
+"""Times an adaptation step reads or writes every parameter; two more for each task vector with coefficients."""
+
+MATRIX_PRODUCTS = {"tsv": (0, 50), "isotropic": (20, 3), "wudi": (700, 10)}
+"""A matrix method's time on a (d_out, d_in) weight, as products of that weight with a square one: once, and for each
+source. Measured on one CPU core with 2 and 4 sources of 384 to 1,536 rows."""
+
+OTHER_PRODUCTS = (0, 50)
+"""The same for a matrix method that is not in the table: a decomposition for each source."""
+
+FLOPS_PER_BYTE = 10
+"""Arithmetic that takes as long as moving a byte through memory, to compare pieces of work with each other."""
+
+FLOPS_PER_FILE_BYTE = 200
+"""Arithmetic that takes as long as reading or writing a byte of a file."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of work: `flops` of products, bytes `moved` through memory, bytes of files read or written."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+    files: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.moved + other.moved, self.files + other.files)
+
+    @property
+    def weight(self) -> float:
+        """The work as one number that depends on shapes only, so that all processes share it out alike."""
+        return self.flops + FLOPS_PER_BYTE * self.moved + FLOPS_PER_FILE_BYTE * self.files
+
+
+def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
+    """All steps of constructing one unit's anchors for one source (it may stop earlier, by `patience`)."""
+    shapes, tokens = base.layout.shapes, (config.num_anchors or 0) * tokens_of(base, config)
+    entries = sum(prod(shapes[name]) for name in unit.tensors)
+    steps = config.steps or 0
+    flops = steps * STEP_PRODUCTS * 2 * tokens * active_entries(base, unit.tensors)
+    return Work(flops, steps * STEP_PASSES * 4 * entries, 2 * 4 * entries + 2 * 4 * tokens * width(base))
+
+
+def adaptation(base: Checkpoint, config: FDAConfig, unit: Unit, sources: int) -> Work:
+    """All passes of adapting one unit to the anchors of all sources, from where it starts.
+
+    Args:
+        base: whose unit it is.
+        config: complete.
+        unit: which.
+        sources: number of sources.
+    """
+    shapes = base.layout.shapes
+    entries = sum(prod(shapes[name]) for name in unit.tensors)
+    anchors = (config.num_anchors or 0) * sources
+    tokens, epochs = anchors * tokens_of(base, config), config.epochs or 0
+    steps = epochs * ceil(anchors / config.batch_size)
+    flops = epochs * 3 * 2 * tokens * active_entries(base, unit.tensors)
+    files = 4 * entries + 2 * 4 * tokens * width(base)
+    if config.initial == "base" or isinstance(config.initial, (str, type(None))):
+        return Work(flops, steps * ADAM_PASSES * 4 * entries, 4 * entries + files)
+    tasks = sources if config.initial.elementwise else 1
+    passes = ADAM_PASSES + 2 * tasks
+    work = Work(flops, steps * passes * 4 * entries, (1 + sources) * 4 * entries + files)
+    return sum((merging(base, config.initial, name, sources) for name in unit.tensors), work)
+
+
+def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> Work:
+    """Merging one tensor of the base by a parameter-space method, read and written apart."""
+    shape, role = base.layout.shapes[name], base.layout.roles[name]
+    entries = prod(shape)
+    if by_entry(config, role) or len(shape) < 2:
+        return Work(moved=8 * entries * (3 * sources + 3))
+    once, each = MATRIX_PRODUCTS.get(config.name, OTHER_PRODUCTS)
+    return Work((once + each * sources) * 2 * entries * min(shape[-2:]), 4 * entries * (3 * sources + 3))
+
+
+def writing(inputs: Inputs, result: Output, shard: Shard) -> Work:
+    """Making one weight file of the merged model."""
+    base, sources = inputs.base, len(inputs.weighted)
+    work = Work(files=shard.nbytes * 2)
+    for name in (name for group in shard.groups for name in group):
+        recipe, own = result.recipes[name], result.base_names.get(name)
+        if recipe.config is not None:
+            work += Work(files=4 * prod(result.layout.shapes[name]) * sources)
+            work += merging(base, recipe.config, own, sources) if own is not None else Work()
+    return work
+
+
+def active_entries(base: Checkpoint, names: Iterable[str]) -> float:
+    """Weight entries that each token is multiplied with; of experts only those that are asked."""
+    text: Any = base.config.get_text_config()
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    share = min((getattr(text, "num_experts_per_tok", None) or experts) / experts, 1)
+    shapes, roles = base.layout.shapes, base.layout.roles
+    return sum(
+        prod(shapes[name]) * (share if roles[name] == "stack" else 1)
+        for name in names
+        if roles[name] in ("linear", "conv1d", "stack")
+    )
+
+
+def tokens_of(base: Checkpoint, config: FDAConfig) -> int:
+    """Tokens of one anchor: those of an image, or the published five of a text, where the config leaves it open."""
+    if config.num_tokens is not None:
+        return config.num_tokens
+    vision = getattr(base.config, "vision_config", base.config)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 5
+
+
+def width(base: Checkpoint) -> int:
+    """d of the blocks."""
+    return int(base.config.get_text_config().hidden_size)

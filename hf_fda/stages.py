@@ -1,0 +1,83 @@
+"""A stage of a merge: pieces of work that do not depend on each other, spread over the processes by their cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_fda.devices import release_memory
+from hf_fda.processes import Team
+from hf_fda.progress import Progress
+from hf_fda.store import Store
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of work that ends in one recorded file.
+
+    `label` says what it is; `file` is made, under the key `key`; `cost` is compared with that of other pieces only;
+    `make` does the work and gives what writes the file. It is also finished where the same lies in `elsewhere`.
+    """
+
+    label: str
+    file: str
+    key: str
+    cost: float
+    make: Callable[[], Callable[[Path], None]]
+    elsewhere: tuple[str, ...] = ()
+
+    def finished(self, store: Store) -> bool:
+        """Whether the file is there, undamaged and made from the same; reads it whole."""
+        return any(store.finished(place, self.key) for place in (self.file, *self.elsewhere))
+
+
+def assign(costs: Sequence[float], processes: int) -> list[int]:
+    """Who does what: longest first, each to the process that has least to do; the same everywhere.
+
+    >>> assign([3, 1, 1, 1, 2], 2)
+    [0, 1, 1, 0, 1]
+
+    Args:
+        costs: of the pieces, in any unit.
+        processes: how many there are.
+
+    Returns:
+        for each piece its process.
+    """
+    load, owners = [0.0] * processes, [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        owners[piece] = min(range(processes), key=lambda process: (load[process], process))
+        load[owners[piece]] += costs[piece]
+    return owners
+
+
+def find_finished(pieces: Sequence[Piece], store: Store, team: Team) -> list[bool]:
+    """Which pieces an earlier run finished; every file is read by one process only."""
+    return team.map(lambda piece: piece.finished(store), pieces)
+
+
+def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, team: Team, progress: Progress) -> None:
+    """Do what is not finished, each piece in one process, and wait until all are done.
+
+    Raises:
+        RunError: when a piece fails in this process.
+        PeerError: when another process failed.
+    """
+    todo = [piece for piece, done in zip(pieces, finished, strict=True) if not done]
+    for _ in range(len(pieces) - len(todo)):
+        progress.finish("what an earlier run finished")
+    owners = assign([piece.cost for piece in todo], team.count)
+    for piece, owner in zip(todo, owners, strict=True):
+        if owner == team.rank:
+            progress.now(piece.label)
+            store.write(piece.file, piece.key, piece.make())
+            release_memory()
+            progress.finish(piece.label)
+    others = [piece for piece, owner in zip(todo, owners, strict=True) if owner != team.rank]
+    if others:
+        progress.now("waiting for the other processes")
+    team.wait()
+    for piece in others:
+        store.await_file(piece.file)
+        progress.finish(piece.label)

@@ -4,45 +4,71 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from hf_fda.errors import HFFDAError, InputError, nearest
+from hf_fda.arguments import merge_arguments, method_options
+from hf_fda.errors import HFFDAError, InputError, PeerError, agreed
+from hf_fda.launch import is_main, several
 from hf_fda.version import __version__
 
-SETTINGS = ("device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code")
 LOOSE_COMMANDS = ("merge", "plan", "anchors")
-CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", *SETTINGS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status is 0 when done, 2 for bad arguments or input, 1 for a failure on the way."""
+    """Run a command line; the exit status is 0 when done, 2 for bad arguments or input, 1 for a failure on the way.
+
+    Of several processes launched together only the main one speaks, unless another one fails on its own.
+    """
+    if not is_main():
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     words, loose = _take_options(list(sys.argv[1:] if argv is None else argv))
-    arguments = _parser().parse_args(words)
-    level = logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO
+    arguments = _parse(words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("hf_fda").setLevel(level)
+    level = logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO
+    logging.getLogger("hf_fda").setLevel(level if is_main() else logging.ERROR)
     try:
+        if several() and words[0] not in LOOSE_COMMANDS:
+            raise agreed(InputError(f"{words[0]} is the work of one process; start it without torchrun"))
         arguments.command(arguments, loose)
-    except InputError as error:
-        print(f"hf-fda: {error}", file=sys.stderr)
-        return 2
     except HFFDAError as error:
-        print(f"hf-fda: {error}", file=sys.stderr)
-        return 1
+        if is_main() or not (error.agreed or isinstance(error, PeerError)):
+            print(f"hf-fda: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print("hf-fda: interrupted; the same command goes on from here", file=sys.stderr)
+        if is_main():
+            print("hf-fda: interrupted; the same command goes on from here", file=sys.stderr)
         return 1
+    finally:
+        _leave()
     return 0
+
+
+def _leave() -> None:
+    """End what joins several processes."""
+    if several():
+        from hf_fda.processes import leave
+
+        leave()
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The parsed command line; what is wrong with it is said by the main process only."""
+    if is_main():
+        return _parser().parse_args(words)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return _parser().parse_args(words)
 
 
 def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
     from hf_fda.merging import merge
 
-    merged = merge(**_merge_arguments(arguments, loose), quiet=arguments.quiet)
-    if not arguments.quiet:
+    merged = merge(**_agreed_arguments(arguments, loose), quiet=arguments.quiet)
+    if not arguments.quiet and is_main():
         print(f"Merged into {merged.folder}")
         if merged.tasks:
             print(f'  hf_fda.load("{merged.folder}", task="{merged.tasks[0]}")  # {", ".join(merged.tasks)}')
@@ -51,7 +77,19 @@ def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
 def _plan(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
     from hf_fda.planning import plan
 
-    print(plan(**_merge_arguments(arguments, loose)))
+    checked = plan(**_agreed_arguments(arguments, loose), processes=arguments.processes)
+    if is_main():
+        print(checked)
+
+
+def _agreed_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
+    """As `_merge_arguments`; what one process refuses, all refuse."""
+    if not several():
+        return merge_arguments(arguments, loose)
+    from hf_fda.processes import together
+
+    with together(arguments.device or "auto") as team:
+        return team.agree(lambda: merge_arguments(arguments, loose))
 
 
 def _methods(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
@@ -78,9 +116,9 @@ def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> Non
         trust_remote_code=arguments.trust_remote_code,
         output=arguments.output,
         quiet=arguments.quiet,
-        **_options(loose),
+        **method_options(loose),
     )
-    if not arguments.quiet:
+    if not arguments.quiet and is_main():
         print(f"Anchors in {arguments.output}")
 
 
@@ -95,77 +133,6 @@ def _demo(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
     from hf_fda.demo import run_demo
 
     run_demo(Path(arguments.output), seed=arguments.seed, quiet=arguments.quiet)
-
-
-def _merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
-    """What `merge` and `plan` get: the configuration file, overruled by what the command line says."""
-    given = _read_config(Path(arguments.config)) if arguments.config else {}
-    options = {**_read_options(given.pop("options", None)), **_options(loose)}
-    for name in ("base", "method", "output", *SETTINGS):
-        value = getattr(arguments, name)
-        if value is not None and value is not False:
-            given[name] = value
-    if arguments.source:
-        given["sources"] = _named(arguments.source)
-    if arguments.anchors:
-        given["anchors"] = dict(_split(item, "--anchors") for item in arguments.anchors)
-    for name in ("base", "sources"):
-        if name not in given:
-            raise InputError(f"no {name}: pass a configuration file, or --base and --source")
-    return {**given, **options}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such configuration file")
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(given, dict):
-        raise InputError(f"{path}: must be a mapping with the keys {', '.join(CONFIG_KEYS)}")
-    for name in given:
-        if name not in CONFIG_KEYS:
-            raise InputError(f"{path}: unknown key '{name}': {nearest(str(name), CONFIG_KEYS)}")
-    return given
-
-
-def _read_options(options: Any) -> dict[str, Any]:
-    """The method's options in a configuration file; a name that is an argument of its own is not one."""
-    if options is None:
-        return {}
-    if not isinstance(options, dict):
-        raise InputError("options must be a mapping from option to value")
-    for name in options:
-        if not isinstance(name, str) or name in CONFIG_KEYS:
-            raise InputError(f"options: '{name}' is no option of a method")
-    return options
-
-
-def _named(sources: list[str]) -> dict[str, str] | list[str]:
-    """Sources as given: all with names, or none."""
-    if not any("=" in source for source in sources):
-        return sources
-    pairs = [_split(source, "--source") for source in sources]
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two sources are named '{name}'; give each a name of its own")
-    return dict(pairs)
-
-
-def _split(item: str, flag: str) -> tuple[str, str]:
-    name, equals, value = item.partition("=")
-    if not equals:
-        raise InputError(f"{flag} {item}: write it as TASK=... (either all sources have a name or none)")
-    return name, value
-
-
-def _options(loose: list[tuple[str, str]]) -> dict[str, Any]:
-    """Method options as keyword arguments."""
-    return {name.replace("-", "_"): value for name, value in loose}
 
 
 def _take_options(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -225,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--heads", choices=("keep", "merge"), help="task heads: keep each (default) or merge them")
         command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")
         _common(command)
+        if name == "plan":
+            command.add_argument("--processes", type=int, metavar="N", help="predict the time on so many processes")
 
     command = _command(commands, "anchors", _anchors, "construct the anchors of one fine-tune")
     command.add_argument("--base", required=True, help="folder or Hub id")

@@ -1,6 +1,6 @@
-"""How much work the pieces of a merge are, from shapes alone, and how long they take at a measured speed.
+"""How much work the pieces of a merge are, from shapes alone.
 
-What a piece costs decides which process does it; only `predict` needs seconds.
+What a piece costs decides which process does it, and at a measured speed (`hf_fda.prediction`) how long it takes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from functools import cache
 import torch
 
 from hf_fda.errors import InputError
-from hf_fda.processes import partial_state, several
+from hf_fda.launch import several
+from hf_fda.processes import partial_state
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

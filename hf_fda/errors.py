@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
 
 
 class HFFDAError(Exception):
@@ -25,6 +26,15 @@ class RunError(HFFDAError, RuntimeError):
 
 class PeerError(RunError):
     """This process stops because another one that worked on the same merge failed or was killed."""
+
+
+E = TypeVar("E", bound=HFFDAError)
+
+
+def agreed(error: E) -> E:
+    """An error marked as one that every process raises."""
+    error.agreed = True
+    return error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

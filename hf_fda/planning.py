@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, Source, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.plans import Plan, readable_size
+from hf_fda.prediction import predict
 from hf_fda.recipes import Heads, Output, decide
 from hf_fda.store import new_folder
 
@@ -46,6 +48,7 @@ def plan(
     heads: str = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     trust_remote_code: bool = False,
+    processes: int | None = None,
     **options: Any,
 ) -> Plan:
     """Check a merge from configurations and file headers alone; no weight is read, nothing is written.
@@ -67,6 +70,8 @@ def plan(
         heads: "keep" each source's task head beside the merged body, or "merge" heads of one task into one.
         max_shard_bytes: size of a weight file.
         trust_remote_code: run model code that comes with the checkpoints.
+        processes: predict how long the merge takes on so many processes (the plan's `time`); this measures the speed
+            of the device for a moment. None predicts nothing.
         options: fields of the method's config.
 
     Raises:
@@ -86,7 +91,7 @@ def plan(
     result = decide(inputs, config, units, cast(Heads, heads))
     out_dtype = DTYPES.get(dtype)
     shards = plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
-    return Plan(
+    checked = Plan(
         inputs=inputs,
         config=config,
         output=folder,
@@ -102,6 +107,7 @@ def plan(
         disk_bytes=disk_bytes(inputs, config, units, shards),
         notes=tuple(_notes(inputs, config, result)),
     )
+    return checked if processes is None else replace(checked, time=predict(checked, processes))
 
 
 def check_disk(plan: Plan) -> None:

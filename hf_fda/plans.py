@@ -12,6 +12,7 @@ from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import MethodConfig
+from hf_fda.prediction import Prediction
 from hf_fda.recipes import Heads, Output
 
 
@@ -20,8 +21,8 @@ class Plan:
     """A merge, checked. `print(plan)` tells what will happen; `hf_fda.engine.run(plan)` does it.
 
     `units` are what function-space methods merge one by one; `shards` the weight files that will be written;
-    `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `notes`
-    say what a user may not expect.
+    `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `time`
+    is how long it will take, where that was asked for; `notes` say what a user may not expect.
     """
 
     inputs: Inputs
@@ -38,6 +39,7 @@ class Plan:
     peak_memory_bytes: int
     disk_bytes: int
     notes: tuple[str, ...] = field(default=())
+    time: Prediction | None = None
 
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:
@@ -71,6 +73,8 @@ class Plan:
         lines.append(f"  writes    {', '.join(self._writes())}")
         lines.append(f"  memory    about {readable_size(self.peak_memory_bytes)} beside the libraries")
         lines.append(f"  disk      about {readable_size(self.disk_bytes)}")
+        if self.time is not None:
+            lines.append(f"  time      {self.time}")
         lines.extend(f"  note      {note}" for note in self.notes)
         return "\n".join(lines)
 

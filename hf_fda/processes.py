@@ -15,19 +15,16 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.environment import get_int_from_env
 from torch import distributed
 
-from hf_fda.errors import HFFDAError, PeerError
+from hf_fda.errors import HFFDAError, PeerError, agreed
+from hf_fda.launch import several
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others at most; one that ends is noticed at once, as its connections close."""
-
-WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-"""Environment variables by which launchers tell how many processes there are."""
 
 _groups: dict[int, Any] = {}  # the gloo group by the default group it belongs to
 
@@ -44,22 +41,6 @@ def partial_state(device: str | torch.device = "auto") -> PartialState:
     if PartialState._shared_state or not several():
         return PartialState(cpu=on_cpu)
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
-
-
-def several() -> bool:
-    """Whether this process was launched as one of several."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size() > 1
-    return get_int_from_env(WORLD_SIZES, 1) > 1
-
-
-def is_main() -> bool:
-    """Whether this process is the one that speaks; says so before the processes have joined, too."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
-    return (
-        not several() or get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
-    )
 
 
 class Team:
@@ -145,9 +126,7 @@ class Team:
         if first is not None:
             kind, text, where = first
             shared = all(found is not None and found[1] == text for found in failures)
-            raised = kind(text if shared else f"{where}: {text}")
-            raised.agreed = True
-            raise raised from None
+            raise agreed(kind(text if shared else f"{where}: {text}")) from None
         return result  # type: ignore[return-value]
 
     def _here(self) -> str:
@@ -167,6 +146,9 @@ def together(device: str | torch.device = "auto") -> Iterator[Team]:
         yield Team()
         return
     state = partial_state(device)
+    if state.num_processes == 1:
+        yield Team()
+        return
     key = id(distributed.group.WORLD)
     if key not in _groups:
         _groups[key] = distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -182,7 +164,7 @@ def together(device: str | torch.device = "auto") -> Iterator[Team]:
 
 def leave() -> None:
     """End what `partial_state` joined, at the end of a program."""
-    if several() and distributed.is_initialized():
+    if distributed.is_initialized():
         _groups.clear()
         distributed.destroy_process_group()
 

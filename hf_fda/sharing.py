@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_fda.errors import InputError, few
+from hf_fda.errors import InputError, agreed, few
 from hf_fda.processes import Team
 from hf_fda.store import WORK, appears
 
@@ -30,9 +30,11 @@ def check_same(facts: Mapping[str, str], team: Team) -> None:
     for rank, (host, theirs) in enumerate(hosts):
         different = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
         if different:
-            raise _agreed(
-                f"process {rank} on {host} sees something else than process 0 on {hosts[0][0]}: {few(different)}; "
-                "give all processes the same arguments and files (a folder that all machines share, or a Hub id)"
+            raise agreed(
+                InputError(
+                    f"process {rank} on {host} sees something else than process 0 on {hosts[0][0]}: {few(different)}; "
+                    "give all processes the same arguments and files (a folder that all machines share, or a Hub id)"
+                )
             )
 
 
@@ -60,9 +62,11 @@ def check_shared(folder: Path, team: Team, seconds: float = LOOK) -> None:
             parent.rmdir()
     team.wait()
     if blind:
-        raise _agreed(
-            f"output '{folder}': not the same folder for all processes; {few(sorted(set(blind)))} cannot see what "
-            "the main process writes there: choose a folder on a file system that all machines share"
+        raise agreed(
+            InputError(
+                f"output '{folder}': not the same folder for all processes; {few(sorted(set(blind)))} cannot see what "
+                "the main process writes there: choose a folder on a file system that all machines share"
+            )
         )
 
 
@@ -72,9 +76,3 @@ def _leave(mark: Path, folder: Path) -> None:
         mark.touch()
     except OSError as error:
         raise InputError(f"output '{folder}': cannot be written ({error.strerror}); choose another") from None
-
-
-def _agreed(text: str) -> InputError:
-    error = InputError(text)
-    error.agreed = True
-    return error

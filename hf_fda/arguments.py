@@ -1,0 +1,83 @@
+"""What the command line and a configuration file say, as keyword arguments of the public functions."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hf_fda.errors import InputError, nearest
+
+SETTINGS = ("device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code")
+CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", *SETTINGS)
+
+
+def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
+    """What `merge` and `plan` get: the configuration file, overruled by what the command line says."""
+    given = _read_config(Path(arguments.config)) if arguments.config else {}
+    options = {**_read_options(given.pop("options", None)), **method_options(loose)}
+    for name in ("base", "method", "output", *SETTINGS):
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            given[name] = value
+    if arguments.source:
+        given["sources"] = _named(arguments.source)
+    if arguments.anchors:
+        given["anchors"] = dict(_split(item, "--anchors") for item in arguments.anchors)
+    for name in ("base", "sources"):
+        if name not in given:
+            raise InputError(f"no {name}: pass a configuration file, or --base and --source")
+    return {**given, **options}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{path}: must be a mapping with the keys {', '.join(CONFIG_KEYS)}")
+    for name in given:
+        if name not in CONFIG_KEYS:
+            raise InputError(f"{path}: unknown key '{name}': {nearest(str(name), CONFIG_KEYS)}")
+    return given
+
+
+def _read_options(options: Any) -> dict[str, Any]:
+    """The method's options in a configuration file; a name that is an argument of its own is not one."""
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise InputError("options must be a mapping from option to value")
+    for name in options:
+        if not isinstance(name, str) or name in CONFIG_KEYS:
+            raise InputError(f"options: '{name}' is no option of a method")
+    return options
+
+
+def _named(sources: list[str]) -> dict[str, str] | list[str]:
+    """Sources as given: all with names, or none."""
+    if not any("=" in source for source in sources):
+        return sources
+    pairs = [_split(source, "--source") for source in sources]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two sources are named '{name}'; give each a name of its own")
+    return dict(pairs)
+
+
+def _split(item: str, flag: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise InputError(f"{flag} {item}: write it as TASK=... (either all sources have a name or none)")
+    return name, value
+
+
+def method_options(loose: list[tuple[str, str]]) -> dict[str, Any]:
+    """Method options as keyword arguments."""
+    return {name.replace("-", "_"): value for name, value in loose}

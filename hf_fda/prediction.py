@@ -1,0 +1,165 @@
+"""How long a plan will take on so many processes like this one: its work at a speed measured here in a moment."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_fda import costs
+from hf_fda.costs import Work
+from hf_fda.errors import InputError
+from hf_fda.merge_methods import FDAConfig
+from hf_fda.stages import assign
+
+if TYPE_CHECKING:
+    from hf_fda.plans import Plan
+
+CONSTRUCTION_EFFICIENCY = 0.5
+"""Share of the speed of a plain product that construction reaches."""
+
+ADAPTATION_EFFICIENCY = 0.5
+"""The same of adaptation."""
+
+MOMENT = 0.04
+"""Seconds that each of the three speeds is measured for."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a process does in a second: `flops` of products, bytes `moved` through memory, bytes of `files`."""
+
+    flops: float
+    moved: float
+    files: float
+
+    def seconds(self, work: Work, efficiency: float = 1.0) -> float:
+        """How long some work takes, when products reach `efficiency` of their speed."""
+        return work.flops / (self.flops * efficiency) + work.moved / self.moved + work.files / self.files
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds that each stage of a merge will take on so many processes."""
+
+    processes: int
+    construction: float
+    adaptation: float
+    writing: float
+
+    @property
+    def seconds(self) -> float:
+        """All stages, one after the other."""
+        return self.construction + self.adaptation + self.writing
+
+    def __str__(self) -> str:
+        stages = {"construction": self.construction, "adaptation": self.adaptation, "weight files": self.writing}
+        parts = ", ".join(f"{name} {readable_time(seconds)}" for name, seconds in stages.items() if seconds)
+        where = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return f"about {readable_time(self.seconds)} on {where} like this one ({parts})"
+
+
+def predict(plan: Plan, processes: int) -> Prediction:
+    """How long a plan will take from the beginning, all steps of construction done.
+
+    Args:
+        plan: the plan.
+        processes: how many share the work, each on a device like the plan's; of processes on the CPU each has the
+            threads that OMP_NUM_THREADS says, or one (as `torchrun` sets it).
+
+    Raises:
+        InputError: when `processes` is no whole number from 1.
+    """
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise InputError(f"processes must be a whole number, at least 1, not {processes!r}")
+    inputs, config = plan.inputs, plan.config
+    with _threads(processes):
+        speed = measure_speed(plan.device, _shape(plan))
+    constructing: list[float] = []
+    adapting: list[float] = []
+    if isinstance(config, FDAConfig):
+        for _, unit in plan.constructions:
+            constructing.append(speed.seconds(costs.construction(inputs.base, config, unit), CONSTRUCTION_EFFICIENCY))
+        for unit in plan.units:
+            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)))
+            adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
+    writing = [speed.seconds(costs.writing(inputs, plan.result, shard)) for shard in plan.shards]
+    return Prediction(processes, *(makespan(stage, processes) for stage in (constructing, adapting, writing)))
+
+
+def makespan(seconds: Sequence[float], processes: int) -> float:
+    """How long pieces take when they are spread over processes as the merge does it."""
+    load = [0.0] * processes
+    for piece, owner in zip(seconds, assign(seconds, processes), strict=True):
+        load[owner] += piece
+    return max(load)
+
+
+def measure_speed(device: torch.device, shape: tuple[int, int, int]) -> Speed:
+    """Measure the speeds of this device, each for a moment.
+
+    Args:
+        device: where.
+        shape: (tokens, d_in, d_out) of a product as the work has them; tokens are cut to what takes a moment.
+    """
+    tokens, d_in, d_out = shape
+    tokens = max(1, min(tokens, int(4e9 if device.type != "cpu" else 4e8) // (d_in * d_out)))
+    x, weight = torch.ones(tokens, d_in, device=device), torch.ones(d_out, d_in, device=device)
+    data = b"\0" * 2_000_000
+    product = _rate(lambda: x @ weight.T, device) * 2 * tokens * d_in * d_out
+    passes = _rate(lambda: weight.mul_(1.0), device) * 2 * 4 * weight.numel()
+    hashing = _rate(lambda: sha256(data), torch.device("cpu")) * len(data)
+    return Speed(product, passes, hashing)
+
+
+def _rate(work: Callable[[], object], device: torch.device) -> float:
+    """Times a second that something can be done: the best of a few."""
+    best, end = float("inf"), time.perf_counter() + MOMENT
+    work()
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.ones(1, device=device).item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 1 / max(best, 1e-9)
+
+
+def _shape(plan: Plan) -> tuple[int, int, int]:
+    """(tokens, d_in, d_out) of the largest product in the plan's first unit, or of a large weight where it has none."""
+    base, config = plan.inputs.base, plan.config
+    names = plan.units[0].tensors if plan.units else base.names
+    shapes = [base.layout.shapes[name] for name in names if base.layout.roles[name] in ("linear", "conv1d")]
+    d_out, d_in = max(shapes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
+    tokens = (config.num_anchors or 1) * costs.tokens_of(base, config) if isinstance(config, FDAConfig) else d_in
+    return tokens, d_in, d_out
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """The threads that one of several processes has."""
+    before = torch.get_num_threads()
+    if processes > 1:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def readable_time(seconds: float) -> str:
+    """Seconds for reading.
+
+    >>> readable_time(5400)
+    '1.5 h'
+    """
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms"

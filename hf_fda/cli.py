@@ -35,22 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if several() and words[0] not in LOOSE_COMMANDS:
             raise agreed(InputError(f"{words[0]} is the work of one process; start it without torchrun"))
         arguments.command(arguments, loose)
+        _part()
     except HFFDAError as error:
         if is_main() or not (error.agreed or isinstance(error, PeerError)):
             print(f"hf-fda: {error}", file=sys.stderr, flush=True)
+        if error.agreed:
+            _part()
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         if is_main():
             print("hf-fda: interrupted; the same command goes on from here", file=sys.stderr)
         return 1
-    finally:
-        _leave()
     return 0
 
 
-def _leave() -> None:
-    """End what joins several processes."""
-    if several():
+def _part() -> None:
+    """Let all processes end at once, so that the launcher kills none for the end of another."""
+    if several() and "hf_fda.processes" in sys.modules:
         from hf_fda.processes import leave
 
         leave()

@@ -20,15 +20,22 @@ if TYPE_CHECKING:
     from hf_fda.merge_methods import FDAConfig, MethodConfig
     from hf_fda.recipes import Output
 
+# The numbers of passes and calls, and the efficiencies in `hf_fda.prediction`, were fitted to the process time of BERT
+# blocks of width 32, 256 and 768 with 8 to 1,280 tokens on one x86 core: most predictions came within a quarter, those
+# of very few steps on a wide block, which preparing them dominates, at half.
+
 STEP_PRODUCTS = 10
 """Products of all tokens with a weight in one construction step: the forward passes of base and source, the base's
 output and parameter gradients, and the second pass through all of these with respect to the anchors."""
 
-STEP_PASSES = 8
+STEP_PASSES = 30
 """Times a construction step reads or writes every parameter's gradient and task vector for their cosines."""
 
-ADAM_PASSES = 12
-"""Times an adaptation step reads or writes every parameter; two more for each task vector with coefficients."""
+ADAM_PASSES = 16
+"""Times an adaptation step reads or writes every parameter."""
+
+TASK_PASSES = 20
+"""Times it does so more for each task vector whose coefficients are adapted."""
 
 MATRIX_PRODUCTS = {"tsv": (0, 50), "isotropic": (20, 3), "wudi": (700, 10)}
 """A matrix method's time on a (d_out, d_in) weight, as products of that weight with a square one: once, and for each
@@ -37,8 +44,23 @@ source. Measured on one CPU core with 2 and 4 sources of 384 to 1,536 rows."""
 OTHER_PRODUCTS = (0, 50)
 """The same for a matrix method that is not in the table: a decomposition for each source."""
 
+STEP_ACTIVATION_PASSES = 370
+"""Times a construction step reads or writes the outputs of the linear layers."""
+
+ADAPTATION_ACTIVATION_PASSES = 75
+"""The same for a pass of adaptation over the anchors."""
+
+STEP_CALLS = 90
+"""Operations that a construction step starts for each parameter tensor, whatever their size."""
+
+ADAPTATION_CALLS = 40
+"""The same of an adaptation step."""
+
 FLOPS_PER_BYTE = 10
 """Arithmetic that takes as long as moving a byte through memory, to compare pieces of work with each other."""
+
+FLOPS_PER_CALL = 100_000
+"""Arithmetic that takes as long as starting an operation."""
 
 FLOPS_PER_FILE_BYTE = 200
 """Arithmetic that takes as long as reading or writing a byte of a file."""
@@ -46,28 +68,37 @@ FLOPS_PER_FILE_BYTE = 200
 
 @dataclass(frozen=True)
 class Work:
-    """An amount of work: `flops` of products, bytes `moved` through memory, bytes of files read or written."""
+    """An amount of work: `flops` of products, bytes `moved` through memory, bytes of `files` read or written, and
+    `calls` of operations."""
 
     flops: float = 0.0
     moved: float = 0.0
     files: float = 0.0
+    calls: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.moved + other.moved, self.files + other.files)
+        return Work(
+            self.flops + other.flops, self.moved + other.moved, self.files + other.files, self.calls + other.calls
+        )
 
     @property
     def weight(self) -> float:
         """The work as one number that depends on shapes only, so that all processes share it out alike."""
-        return self.flops + FLOPS_PER_BYTE * self.moved + FLOPS_PER_FILE_BYTE * self.files
+        stored = FLOPS_PER_FILE_BYTE * self.files
+        return self.flops + FLOPS_PER_BYTE * self.moved + stored + FLOPS_PER_CALL * self.calls
 
 
 def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
     """All steps of constructing one unit's anchors for one source (it may stop earlier, by `patience`)."""
-    shapes, tokens = base.layout.shapes, (config.num_anchors or 0) * tokens_of(base, config)
-    entries = sum(prod(shapes[name]) for name in unit.tensors)
-    steps = config.steps or 0
-    flops = steps * STEP_PRODUCTS * 2 * tokens * active_entries(base, unit.tensors)
-    return Work(flops, steps * STEP_PASSES * 4 * entries, 2 * 4 * entries + 2 * 4 * tokens * width(base))
+    tokens, steps = (config.num_anchors or 0) * tokens_of(base, config), config.steps or 0
+    parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
+    activations = 4 * tokens * outputs(base, unit.tensors)
+    return Work(
+        flops=steps * STEP_PRODUCTS * 2 * tokens * active_entries(base, unit.tensors),
+        moved=steps * (STEP_PASSES * parameters + STEP_ACTIVATION_PASSES * activations),
+        files=2 * parameters + 2 * 4 * tokens * width(base),
+        calls=steps * STEP_CALLS * len(unit.tensors),
+    )
 
 
 def adaptation(base: Checkpoint, config: FDAConfig, unit: Unit, sources: int) -> Work:
@@ -79,19 +110,22 @@ def adaptation(base: Checkpoint, config: FDAConfig, unit: Unit, sources: int) ->
         unit: which.
         sources: number of sources.
     """
-    shapes = base.layout.shapes
-    entries = sum(prod(shapes[name]) for name in unit.tensors)
-    anchors = (config.num_anchors or 0) * sources
-    tokens, epochs = anchors * tokens_of(base, config), config.epochs or 0
-    steps = epochs * ceil(anchors / config.batch_size)
-    flops = epochs * 3 * 2 * tokens * active_entries(base, unit.tensors)
-    files = 4 * entries + 2 * 4 * tokens * width(base)
-    if config.initial == "base" or isinstance(config.initial, (str, type(None))):
-        return Work(flops, steps * ADAM_PASSES * 4 * entries, 4 * entries + files)
-    tasks = sources if config.initial.elementwise else 1
-    passes = ADAM_PASSES + 2 * tasks
-    work = Work(flops, steps * passes * 4 * entries, (1 + sources) * 4 * entries + files)
-    return sum((merging(base, config.initial, name, sources) for name in unit.tensors), work)
+    initial = config.initial if not isinstance(config.initial, (str, type(None))) else None
+    anchors, epochs = (config.num_anchors or 0) * sources, config.epochs or 0
+    tokens, steps = anchors * tokens_of(base, config), epochs * ceil(anchors / config.batch_size)
+    parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
+    activations = 4 * tokens * outputs(base, unit.tensors)
+    tasks = 0 if initial is None else sources if initial.elementwise else 1
+    work = Work(
+        flops=epochs * 3 * 2 * tokens * active_entries(base, unit.tensors),
+        moved=steps * (ADAM_PASSES + TASK_PASSES * tasks) * parameters
+        + epochs * ADAPTATION_ACTIVATION_PASSES * activations,
+        files=(2 + (0 if initial is None else sources)) * parameters + 2 * 4 * tokens * width(base),
+        calls=steps * ADAPTATION_CALLS * len(unit.tensors),
+    )
+    if initial is None:
+        return work
+    return sum((merging(base, initial, name, sources) for name in unit.tensors), work)
 
 
 def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> Work:
@@ -127,6 +161,13 @@ def active_entries(base: Checkpoint, names: Iterable[str]) -> float:
         for name in names
         if roles[name] in ("linear", "conv1d", "stack")
     )
+
+
+def outputs(base: Checkpoint, names: Iterable[str]) -> int:
+    """Entries of all linear outputs for one token."""
+    shapes, roles = base.layout.shapes, base.layout.roles
+    rows = {"linear": 0, "conv1d": 1, "stack": 1}
+    return sum(shapes[name][rows[roles[name]]] for name in names if roles[name] in rows)
 
 
 def tokens_of(base: Checkpoint, config: FDAConfig) -> int:

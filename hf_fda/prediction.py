@@ -21,27 +21,33 @@ from hf_fda.stages import assign
 if TYPE_CHECKING:
     from hf_fda.plans import Plan
 
-CONSTRUCTION_EFFICIENCY = 0.5
+CONSTRUCTION_EFFICIENCY = 0.7
 """Share of the speed of a plain product that construction reaches."""
 
-ADAPTATION_EFFICIENCY = 0.5
+ADAPTATION_EFFICIENCY = 0.65
 """The same of adaptation."""
 
 MOMENT = 0.04
-"""Seconds that each of the three speeds is measured for."""
+"""Seconds that each of the four speeds is measured for."""
+
+LARGE = 2**23
+"""Entries of a tensor that no cache holds."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a process does in a second: `flops` of products, bytes `moved` through memory, bytes of `files`."""
+    """What a process does in a second: `flops` of products, bytes `moved` through memory, bytes of `files` and
+    `calls` of the smallest operation."""
 
     flops: float
     moved: float
     files: float
+    calls: float
 
     def seconds(self, work: Work, efficiency: float = 1.0) -> float:
         """How long some work takes, when products reach `efficiency` of their speed."""
-        return work.flops / (self.flops * efficiency) + work.moved / self.moved + work.files / self.files
+        moving = work.moved / self.moved + work.files / self.files
+        return work.flops / (self.flops * efficiency) + moving + work.calls / self.calls
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,13 @@ def measure_speed(device: torch.device, shape: tuple[int, int, int]) -> Speed:
     tokens, d_in, d_out = shape
     tokens = max(1, min(tokens, int(4e9 if device.type != "cpu" else 4e8) // (d_in * d_out)))
     x, weight = torch.ones(tokens, d_in, device=device), torch.ones(d_out, d_in, device=device)
+    large, small = torch.ones(LARGE, device=device), torch.ones(1, device=device)
     data = b"\0" * 2_000_000
     product = _rate(lambda: x @ weight.T, device) * 2 * tokens * d_in * d_out
-    passes = _rate(lambda: weight.mul_(1.0), device) * 2 * 4 * weight.numel()
+    passes = _rate(lambda: large.mul_(1.0), device) * 2 * 4 * LARGE
+    calls = _rate(lambda: [small.add(1.0) for _ in range(100)], device) * 100
     hashing = _rate(lambda: sha256(data), torch.device("cpu")) * len(data)
-    return Speed(product, passes, hashing)
+    return Speed(product, passes, hashing, calls)
 
 
 def _rate(work: Callable[[], object], device: torch.device) -> float:

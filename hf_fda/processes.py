@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -145,14 +145,14 @@ def together(device: str | torch.device = "auto") -> Iterator[Team]:
     if not several():
         yield Team()
         return
-    state = partial_state(device)
-    if state.num_processes == 1:
+    partial_state(device)
+    if not distributed.is_initialized():
         yield Team()
         return
     key = id(distributed.group.WORLD)
     if key not in _groups:
         _groups[key] = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    team = Team(state.process_index, state.num_processes, _groups[key])
+    team = Team(distributed.get_rank(), distributed.get_world_size(), _groups[key])
     try:
         yield team
     except BaseException as error:
@@ -163,8 +163,11 @@ def together(device: str | torch.device = "auto") -> Iterator[Team]:
 
 
 def leave() -> None:
-    """End what `partial_state` joined, at the end of a program."""
+    """Wait for the others and end what `partial_state` joined, at the end of a program that all leave alike."""
     if distributed.is_initialized():
+        for group in _groups.values():
+            with suppress(RuntimeError):
+                distributed.barrier(group=group)
         _groups.clear()
         distributed.destroy_process_group()
 

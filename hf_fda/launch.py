@@ -1,4 +1,4 @@
-"""Whether this process was launched as one of several (`torchrun`, `accelerate launch`), from what is in use and the environment.
+"""Whether this process was launched as one of several (`torchrun`, `accelerate launch`).
 
 It costs no import, so that the command can ask before it knows what it will need.
 """

@@ -38,13 +38,13 @@ def check_same(facts: Mapping[str, str], team: Team) -> None:
             )
 
 
-def check_shared(folder: Path, team: Team, seconds: float = LOOK) -> None:
+def check_shared(folder: Path, team: Team, seconds: float | None = None) -> None:
     """Refuse an output folder that is not the same one for all processes; a refused one is left as it was.
 
     Args:
         folder: the output folder.
         team: the processes.
-        seconds: how long to look for what the main process left there.
+        seconds: how long to look for what the main process left there; LOOK if None.
 
     Raises:
         InputError: in every process, naming the machines that do not see it.
@@ -54,7 +54,7 @@ def check_shared(folder: Path, team: Team, seconds: float = LOOK) -> None:
     mark = folder / WORK / f"{team.from_owner(uuid.uuid4().hex, 0)}.mark"
     made = [parent for parent in mark.parents if not parent.exists()]
     team.agree(lambda: _leave(mark, folder) if team.main else None)
-    seen = appears(mark, seconds)
+    seen = appears(mark, LOOK if seconds is None else seconds)
     blind = [host for host in team.gather(None if seen else socket.gethostname()) if host]
     if team.main:
         mark.unlink(missing_ok=True)

@@ -81,3 +81,4 @@ def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, te
     for piece in others:
         store.await_file(piece.file)
         progress.finish(piece.label)
+    team.wait()  # until all have seen the files, which the next stage may move away

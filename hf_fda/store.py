@@ -73,7 +73,7 @@ class Store:
             RunError: when the disk is full or cannot be written.
         """
         path, record = self.folder / name, self._record(name)
-        temporary = self.work / "partial" / (name.replace("/", "__") + ".partial")
+        temporary = self._partial(name)
         with self._disk_errors(path):
             for parent in (path.parent, record.parent, temporary.parent):
                 parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class Store:
             facts = {"key": key, "size": temporary.stat().st_size, "sha256": digest(temporary)}
             _flush(temporary)
             os.replace(temporary, path)
-            partial = record.with_suffix(".partial")
+            partial = self._partial(f"{name}.json")
             partial.write_text(json.dumps(facts), encoding="utf-8")
             os.replace(partial, record)
         return path
@@ -115,7 +115,7 @@ class Store:
     def write_text(self, name: str, text: str) -> Path:
         """Make one text file, whole or not at all; it is not recorded."""
         path = self.folder / name
-        temporary = self.work / "partial" / (name.replace("/", "__") + ".partial")
+        temporary = self._partial(name)
         with self._disk_errors(path):
             for parent in (path.parent, temporary.parent):
                 parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +135,10 @@ class Store:
 
     def _record(self, name: str) -> Path:
         return self.work / "records" / f"{name}.json"
+
+    def _partial(self, name: str) -> Path:
+        """Where a file is written at first; a process that was taken for dead does not write over it."""
+        return self.work / "partial" / f"{name.replace('/', '__')}.{socket.gethostname()}-{os.getpid()}.partial"
 
     @contextmanager
     def _disk_errors(self, path: Path) -> Iterator[None]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import debug_launcher
 from accelerate.utils import patch_environment
@@ -44,9 +45,16 @@ def environment() -> dict[str, str]:
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, so that all its processes can be ended at once."""
+    """Start a command."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes, **options)
+    return subprocess.Popen(command, env=environment(), **pipes, **options)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a launcher and what it launched (in sessions of their own), at once and without a word."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        one.kill()
+    process.communicate()
 
 
 def run(*words: str | Path, processes: int = 2) -> tuple[int, str, str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from processes import fork, free_port, rank, run, start, torchrun
+from processes import fork, free_port, kill, rank, run, start, torchrun
 from test_resume import SETTINGS, contents, merge, times
 
 import hf_fda
@@ -112,9 +110,9 @@ def test_torchrun_makes_the_bytes_of_one_process_and_only_the_main_one_speaks(
 ) -> None:
     base, sources = classifiers
     merge(base, sources, tmp_path / "one")
-    status, output, errors = run(*words(base, sources, tmp_path / "two"))
+    status, output, errors = run(*words(base, sources, tmp_path / "both"))
     assert status == 0, errors
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "both")
     assert output.count("Merged into") == 1
 
 
@@ -123,25 +121,24 @@ def test_two_launchers_work_as_two_machines(classifiers: Pair, tmp_path: Path) -
     merge(base, sources, tmp_path / "one")
     meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "7"]
     meeting += ["--rdzv_endpoint", f"localhost:{free_port()}"]
-    command = torchrun(*words(base, sources, tmp_path / "two"), launcher=meeting)
+    command = torchrun(*words(base, sources, tmp_path / "both"), launcher=meeting)
     machines = [start(command), start(command)]
     ends = [machine.communicate(timeout=180) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], ends
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "both")
     assert sum(output.count("Merged into") for output, _ in ends) == 1
 
 
 def test_killed_with_two_processes_it_goes_on_with_one(classifiers: Pair, tmp_path: Path) -> None:
     base, sources = classifiers
     merge(base, sources, tmp_path / "one", steps=100)
-    output = tmp_path / "two"
+    output = tmp_path / "both"
     process = start(torchrun(*words(base, sources, output, steps=100)))
     end = time.monotonic() + 120
     while len(times(output, "anchors/*/blocks/*")) < 2 and time.monotonic() < end:
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert not (output / "config.json").exists()
     records = [path.relative_to(output / WORK / "records") for path in (output / WORK).rglob("blocks/*.json")]
     before = times(output, "anchors/*/blocks/*")
@@ -168,11 +165,11 @@ def _construct(base: Path, source: Path, output: Path | None, results: Path) -> 
 def test_anchors_are_shared_out_and_every_process_gets_all(classifiers: Pair, tmp_path: Path, on_disk: bool) -> None:
     base, sources = classifiers
     one = hf_fda.FunctionalDualAnchors.construct(base, sources["two"], output=tmp_path / "one", **FAST)  # type: ignore[arg-type]
-    fork(_construct, base, sources["two"], tmp_path / "two" if on_disk else None, tmp_path)
+    fork(_construct, base, sources["two"], tmp_path / "both" if on_disk else None, tmp_path)
     expected = {block: [one[block].loss, float(one[block].anchors.sum())] for block in one}
     assert [json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.glob("rank*"))] == [expected] * 2
     if on_disk:
-        assert contents(tmp_path / "one") == contents(tmp_path / "two")
+        assert contents(tmp_path / "one") == contents(tmp_path / "both")
 
 
 # -- refusals and failures ---------------------------------------------------------------------------------------------

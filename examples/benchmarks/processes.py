@@ -1,0 +1,116 @@
+"""Measure how much faster two processes on two cores make a merge than one process on one core.
+
+    python examples/benchmarks/processes.py [--work DIR] [--hidden 512] [--layers 4] [--sources 3] [--rounds 2]
+
+A BERT-shaped base and its fine-tunes are made from a configuration, with random weights, and merged by FDA with so
+many steps that arithmetic dominates. Each merge is a command of its own under `torchrun`, with one thread a process,
+and pinned to as many cores as it has processes (on Linux). What is compared is the wall time of the merge itself,
+from the call in processes that have started until the result is published; the whole command is printed beside it. The
+rounds alternate, the best of each kind counts, and the two results are compared byte by byte. Other work on the machine
+lowers the ratio: its load is printed, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEPS = {"num_anchors": 64, "steps": 30, "patience": None, "epochs": 20, "initial": "task_arithmetic"}
+
+
+def make(folder: Path, hidden: int, layers: int, sources: int) -> None:
+    """A random BERT-shaped base and its fine-tunes."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        vocab_size=1000,
+    )
+    model = BertModel(config)
+    model.save_pretrained(folder / "base")
+    for number in range(sources):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn(parameter.shape))
+        model.save_pretrained(folder / f"source{number}")
+
+
+def work(folder: Path, output: Path) -> None:
+    """One process's part: merge, and let the main one write how many seconds it took."""
+    import hf_fda
+    from hf_fda.processes import leave, together
+
+    with together("cpu") as team:
+        team.wait()
+        start = time.perf_counter()
+        sources = sorted(folder.glob("source*"))
+        size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
+        hf_fda.merge(
+            folder / "base", sources, output=output, device="cpu", quiet=True, max_shard_bytes=size // 8, **STEPS
+        )
+        if team.main:
+            (folder / "seconds").write_text(str(time.perf_counter() - start), encoding="utf-8")
+    leave()
+
+
+def measure(folder: Path, output: Path, processes: int) -> tuple[float, float]:
+    """Seconds of a merge on so many cores, and of its whole command."""
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
+    if shutil.which("taskset"):
+        cores = sorted(os.sched_getaffinity(0))[:processes]
+        command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
+    start = time.perf_counter()
+    given = ["--work", str(folder), "--output", str(output)]
+    subprocess.run([*command, *given], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    whole = time.perf_counter() - start
+    return float((folder / "seconds").read_text(encoding="utf-8")), whole
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two merges are the same, byte by byte."""
+    names = [[path.relative_to(root) for path in root.rglob("*.safetensors")] for root in (one, two)]
+    return set(names[0]) == set(names[1]) and not any(filecmp.cmpfiles(one, two, map(str, names[0]), False)[1:])
+
+
+def main() -> None:
+    """Make checkpoints, merge them on one core and on two, print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("processes"))
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--sources", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.output is not None:  # one of the processes of a measured merge
+        work(options.work, options.output)
+        return
+    make(options.work, options.hidden, options.layers, options.sources)
+    best: dict[int, tuple[float, float]] = {}
+    for _ in range(options.rounds):
+        for processes in (1, 2):
+            before = os.getloadavg()[0]
+            seconds, whole = measure(options.work, options.work / f"merged{processes}", processes)
+            print(
+                f"{processes} on as many cores: {seconds:.1f} s, whole command {whole:.1f} s, load before {before:.2f}"
+            )
+            best[processes] = min(best.get(processes, (seconds, whole)), (seconds, whole))
+    print(f"same bytes: {same(options.work / 'merged1', options.work / 'merged2')}")
+    print(f"ratio: {best[1][0] / best[2][0]:.2f} (whole command {best[1][1] / best[2][1]:.2f})")
+    shutil.rmtree(options.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ def assign(costs: Sequence[float], processes: int) -> list[int]:
     """Who does what: longest first, each to the process that has least to do; the same everywhere.
 
     >>> assign([3, 1, 1, 1, 2], 2)
-    [0, 1, 1, 0, 1]
+    [0, 1, 0, 1, 1]
 
     Args:
         costs: of the pieces, in any unit.

@@ -91,14 +91,8 @@ class Engine:
         ]
         written = find_finished(writing, self.store, self.team)
         self._construct()
-        self._adapt(
-            {
-                file
-                for shard, done in zip(self.plan.shards, written, strict=True)
-                if not done
-                for file in self.assembly.units_in(shard)
-            }
-        )
+        unwritten = [shard for shard, done in zip(self.plan.shards, written, strict=True) if not done]
+        self._adapt({unit for shard in unwritten for unit in self.assembly.units_in(shard)})
         self._work_off(writing, written)
         if self.team.main:
             publish(self.plan, self.store)

@@ -7,7 +7,8 @@ many steps that arithmetic dominates. Each merge is a command of its own under `
 and pinned to as many cores as it has processes (on Linux). What is compared is the wall time of the merge itself,
 from the call in processes that have started until the result is published; the whole command is printed beside it. The
 rounds alternate, the best of each kind counts, and the two results are compared byte by byte. Other work on the machine
-lowers the ratio: its load is printed, too.
+lowers the ratio, so its load is printed, and beside the wall time the processor time of the busiest process, which
+other work hardly touches: its ratio says how evenly the work was shared and what sharing cost.
 """
 
 from __future__ import annotations
@@ -53,19 +54,21 @@ def work(folder: Path, output: Path) -> None:
 
     with together("cpu") as team:
         team.wait()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         sources = sorted(folder.glob("source*"))
         size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
         hf_fda.merge(
             folder / "base", sources, output=output, device="cpu", quiet=True, max_shard_bytes=size // 8, **STEPS
         )
+        seconds = time.perf_counter() - start
+        busiest = max(team.gather(time.process_time() - busy))
         if team.main:
-            (folder / "seconds").write_text(str(time.perf_counter() - start), encoding="utf-8")
+            (folder / "seconds").write_text(f"{seconds} {busiest}", encoding="utf-8")
     leave()
 
 
-def measure(folder: Path, output: Path, processes: int) -> tuple[float, float]:
-    """Seconds of a merge on so many cores, and of its whole command."""
+def measure(folder: Path, output: Path, processes: int) -> tuple[float, float, float]:
+    """Seconds of a merge on so many cores, processor seconds of its busiest process, seconds of the whole command."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
     if shutil.which("taskset"):
@@ -75,7 +78,8 @@ def measure(folder: Path, output: Path, processes: int) -> tuple[float, float]:
     given = ["--work", str(folder), "--output", str(output)]
     subprocess.run([*command, *given], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     whole = time.perf_counter() - start
-    return float((folder / "seconds").read_text(encoding="utf-8")), whole
+    seconds, busiest = map(float, (folder / "seconds").read_text(encoding="utf-8").split())
+    return seconds, busiest, whole
 
 
 def same(one: Path, two: Path) -> bool:
@@ -98,17 +102,17 @@ def main() -> None:
         work(options.work, options.output)
         return
     make(options.work, options.hidden, options.layers, options.sources)
-    best: dict[int, tuple[float, float]] = {}
+    best: dict[int, tuple[float, ...]] = {}
     for _ in range(options.rounds):
         for processes in (1, 2):
             before = os.getloadavg()[0]
-            seconds, whole = measure(options.work, options.work / f"merged{processes}", processes)
-            print(
-                f"{processes} on as many cores: {seconds:.1f} s, whole command {whole:.1f} s, load before {before:.2f}"
-            )
-            best[processes] = min(best.get(processes, (seconds, whole)), (seconds, whole))
+            found = measure(options.work, options.work / f"merged{processes}", processes)
+            text = "{:.1f} s, busiest process {:.1f} s, whole command {:.1f} s".format(*found)
+            print(f"{processes} on as many cores: {text}, load before {before:.2f}", flush=True)
+            best[processes] = tuple(map(min, best.get(processes, found), found))
     print(f"same bytes: {same(options.work / 'merged1', options.work / 'merged2')}")
-    print(f"ratio: {best[1][0] / best[2][0]:.2f} (whole command {best[1][1] / best[2][1]:.2f})")
+    ratios = [one / two for one, two in zip(best[1], best[2], strict=True)]
+    print("ratio: {:.2f} (busiest process {:.2f}, whole command {:.2f})".format(*ratios))
     shutil.rmtree(options.work)
 
 

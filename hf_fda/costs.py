@@ -34,9 +34,6 @@ STEP_PASSES = 30
 ADAM_PASSES = 16
 """Times an adaptation step reads or writes every parameter."""
 
-TASK_PASSES = 20
-"""Times it does so more for each task vector whose coefficients are adapted."""
-
 MATRIX_PRODUCTS = {"tsv": (0, 50), "isotropic": (20, 3), "wudi": (700, 10)}
 """A matrix method's time on a (d_out, d_in) weight, as products of that weight with a square one: once, and for each
 source. Measured on one CPU core with 2 and 4 sources of 384 to 1,536 rows."""
@@ -115,12 +112,11 @@ def adaptation(base: Checkpoint, config: FDAConfig, unit: Unit, sources: int) ->
     tokens, steps = anchors * tokens_of(base, config), epochs * ceil(anchors / config.batch_size)
     parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
     activations = 4 * tokens * outputs(base, unit.tensors)
-    tasks = 0 if initial is None else sources if initial.elementwise else 1
+    read = 2 + (sources if config.parametrization == "coefficients" or initial is not None else 0)
     work = Work(
         flops=epochs * 3 * 2 * tokens * active_entries(base, unit.tensors),
-        moved=steps * (ADAM_PASSES + TASK_PASSES * tasks) * parameters
-        + epochs * ADAPTATION_ACTIVATION_PASSES * activations,
-        files=(2 + (0 if initial is None else sources)) * parameters + 2 * 4 * tokens * width(base),
+        moved=steps * ADAM_PASSES * parameters + epochs * ADAPTATION_ACTIVATION_PASSES * activations,
+        files=read * parameters + 2 * 4 * tokens * width(base),
         calls=steps * ADAPTATION_CALLS * len(unit.tensors),
     )
     if initial is None:

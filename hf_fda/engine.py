@@ -6,28 +6,25 @@ from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from hf_fda import costs
-from hf_fda.anchors import AnchorBuilder, UnitAnchors, adapt_unit, unit_generator
+from hf_fda.adapting import adapted_unit
+from hf_fda.anchors import AnchorBuilder, UnitAnchors
 from hf_fda.anchors.files import Construction, read_unit, unit_file
 from hf_fda.assembly import BLOCKS, Assembly
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import InputError, RunError
 from hf_fda.inputs import Source
-from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods import FDAConfig
 from hf_fda.planning import check_disk
 from hf_fda.plans import Plan
 from hf_fda.processes import Team, together
-from hf_fda.progress import Progress, logger
+from hf_fda.progress import Progress
 from hf_fda.publish import publish
 from hf_fda.sharing import check_same, check_shared
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store, key_of
 from hf_fda.taskvectors import TaskVectors, warn_of_equals
-from hf_fda.tensorwise import apply_method
 from hf_fda.version import versions
 
 
@@ -195,59 +192,13 @@ class Engine:
         assert isinstance(self.plan.config, FDAConfig)
 
         def make() -> Callable[[Path], None]:
-            adapted = self._adapted(unit)
+            found = [self._anchors_of(source, unit) for source in self.plan.sources_of(unit)]
+            adapted = adapted_unit(self.plan, self.builder, self.vectors, unit, found, self.progress)
             return lambda path: save_tensors(path, adapted)
 
         sources = len(self.plan.sources_of(unit))
         cost = costs.adaptation(self.base, self.plan.config, unit, sources).weight
         return Piece(f"adapt {unit.name}", f"{BLOCKS}/{unit.name}.safetensors", self._unit_keys[unit.name], cost, make)
-
-    def _adapted(self, unit: Unit) -> dict[str, Tensor]:
-        """The merged tensors of one unit, by the base's names, in float32."""
-        config = self.plan.config
-        assert isinstance(config, FDAConfig) and config.epochs is not None
-        assert config.adaptation_distance is not None and config.adaptation_learning_rate is not None
-        module = self.builder.load(self.base.read, unit)
-        tasks = None if config.initial == "base" else self._start(module, unit)
-        pairs = [self._anchors_of(source, unit) for source in self.plan.sources_of(unit)]
-        if not any(found.cosines for found in pairs):  # no source moves it: steps would only follow rounding noise
-            return {f"{unit.name}.{path}": value.detach().cpu() for path, value in module.named_parameters()}
-        try:
-            adapted = adapt_unit(
-                module,
-                self.builder.capture.calls[unit.name],
-                [found.anchors.to(self.plan.device) for found in pairs],
-                [found.targets.to(self.plan.device) for found in pairs],
-                tasks,
-                kind=config.adaptation_distance,
-                epochs=config.epochs,
-                learning_rate=config.adaptation_learning_rate,
-                batch_size=config.batch_size,
-                generator=unit_generator(self.plan.seed, "batches", unit.name),
-                report=lambda epoch, loss: self.progress.now(f"adapt {unit.name}", loss),
-            )
-        except RunError as error:
-            raise RunError(f"block '{unit.name}': {error}") from None
-        logger.debug("%s: distance %.4g before, %.4g after", unit.name, adapted.loss_before, adapted.loss_after)
-        return {f"{unit.name}.{name}": tensor for name, tensor in adapted.parameters.items()}
-
-    def _start(self, module: torch.nn.Module, unit: Unit) -> list[dict[str, Tensor]]:
-        """Move a unit from the base to the start of adaptation; its task vectors, whose coefficients will be adapted.
-
-        They are the sources' own where the start is their sum (task arithmetic, linear), else the merged one.
-        """
-        config = self.plan.config
-        assert isinstance(config, FDAConfig) and isinstance(config.initial, MethodConfig)
-        own = config.initial.elementwise
-        tasks: list[dict[str, Tensor]] = [{} for _ in range(len(self.plan.inputs.weighted) if own else 1)]
-        for path, parameter in module.named_parameters():
-            name = f"{unit.name}.{path}"
-            base, theirs = self.vectors.read(name, torch.float32)
-            merged = apply_method(config.initial, base, theirs, self.base.layout.roles[name])
-            parameter.data = (base + merged).contiguous()
-            for held, task in zip(tasks, theirs if own else [merged], strict=True):
-                held[path] = task
-        return tasks
 
     @cached_property
     def _unit_keys(self) -> dict[str, str]:
@@ -257,7 +208,4 @@ class Engine:
     def _unit_key(self, unit: Unit) -> str:
         config = self.plan.config
         anchors = [self._anchors_key(source, unit) for source in self.plan.sources_of(unit)]
-        start = (
-            self.fingerprints if isinstance(config, FDAConfig) and config.initial != "base" else self.fingerprints[""]
-        )
-        return key_of("unit", unit.name, config.options(), anchors, start, self.plan.seed, versions())
+        return key_of("unit", unit.name, config.options(), anchors, self.fingerprints, self.plan.seed, versions())

@@ -43,10 +43,10 @@ def _construction(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
 
 
 def _adaptation(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
-    """Parameters, gradients, two moments, the step, and the task vectors where coefficients are adapted."""
-    tasks = 0 if config.initial == "base" else len(inputs.sources)
+    """Parameters, gradients, two moments, the step and its scale; the tensor that is read from all sources; anchors."""
+    largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
     anchors = len(inputs.sources) * (config.num_anchors or 0) * (config.num_tokens or 1) * width(inputs.base) * 2
-    return (_entries(inputs, unit.tensors) * (7 + tasks) + anchors) * 4
+    return (_entries(inputs, unit.tensors) * 8 + largest + anchors) * 4
 
 
 def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:

@@ -160,6 +160,10 @@ def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
     for role in ("initial", "rest"):
         if without and getattr(config, role) not in (None, "base"):
             raise InputError(f"source '{without[0]}' is anchors only; {role} must then be 'base', or give its weights")
+    if without and config.parametrization == "coefficients":
+        raise InputError(
+            f"source '{without[0]}' is anchors only and has no task vector; parametrization must then be 'parameters'"
+        )
     require_blocks(inputs.base.layout)
     config = config.with_sources(names, all_have_weights=not without)
     size = hidden_size(inputs.base.config)

@@ -1,6 +1,6 @@
 """Functional dual anchors: the container, their construction, and adaptation to them."""
 
-from hf_fda.anchors.adaptation import Adapted, CoefficientAdam, adapt_unit
+from hf_fda.anchors.adaptation import Adapted, CoefficientAdam, Objective, adapt_unit
 from hf_fda.anchors.builder import AnchorBuilder, unit_generator
 from hf_fda.anchors.construction import UnitAnchors, construct_unit
 from hf_fda.anchors.container import FunctionalDualAnchors
@@ -12,6 +12,7 @@ __all__ = [
     "AnchorsInfo",
     "CoefficientAdam",
     "FunctionalDualAnchors",
+    "Objective",
     "UnitAnchors",
     "adapt_unit",
     "construct_unit",

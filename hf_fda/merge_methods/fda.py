@@ -13,6 +13,9 @@ from hf_fda.merge_methods.registry import method_class, register_config
 
 Family = Literal["vision", "encoder", "decoder"]
 Distance = Literal["cosine", "mse", "mae"]
+AdaptationDistance = Literal["shift", "cosine", "mse", "mae"]
+Schedule = Literal["constant", "linear"]
+Parametrization = Literal["coefficients", "parameters"]
 
 CONSTRUCTION_FIELDS = (
     "initialization",
@@ -26,6 +29,12 @@ CONSTRUCTION_FIELDS = (
     "unit",
 )
 """The options that determine the anchors; the others only act on the merge."""
+
+COEFFICIENT_EPOCHS = 20
+"""Passes of adaptation on coefficients."""
+
+COEFFICIENT_STEP = 3e-2
+"""Its step size, as a fraction of the sum of the task vectors' magnitudes, falling to zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +71,22 @@ class FDAConfig(MethodConfig):
     patience: int | None = option(
         40, "stop constructing when the loss has not fallen by 1 % in so many steps; none: never", minimum=1
     )
-    epochs: int | None = option(None, "passes of adaptation over all anchors; by kind of model", minimum=0)
-    adaptation_learning_rate: float | None = option(None, "Adam step size of adaptation; by kind of model", minimum=0)
-    adaptation_distance: Distance | None = option(None, "distance of a block's outputs in adaptation; by kind of model")
+    epochs: int | None = option(None, "passes of adaptation over all anchors; by parametrization", minimum=0)
+    adaptation_learning_rate: float | None = option(None, "Adam step size of adaptation; by parametrization", minimum=0)
+    adaptation_schedule: Schedule = option(
+        "linear", "the step size of adaptation stays, or falls to zero over all its steps"
+    )
+    adaptation_distance: AdaptationDistance = option(
+        "shift", "distance of a block's outputs in adaptation; shift: squared, in the metric of the source's own shift"
+    )
+    metric_power: float = option(
+        0.5, "how much more the main directions of a source's shift count; 0: all alike", minimum=0
+    )
+    parametrization: Parametrization | None = option(
+        None,
+        "what adaptation steps on: elementwise coefficients of the sources' task vectors, or parameters; "
+        "none: coefficients, or parameters where a source is anchors only",
+    )
     batch_size: int = option(128, "anchors per adaptation step", minimum=1)
 
     def __post_init__(self) -> None:
@@ -113,23 +135,26 @@ class FDAConfig(MethodConfig):
             family: "vision", "encoder" (text) or "decoder".
             hidden_size: d of the blocks; from 1024 on a text model counts as large.
         """
-        from_base = self.initial == "base"
         large = hidden_size >= 1024 and family != "vision"
-        published: dict[str, Any] = {
+        chosen: dict[str, Any] = {
             "unit": ("mlp",) if family == "decoder" else ("block",),
             "num_anchors": 8192 if family == "decoder" else 64,
             "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
             "steps": 200 if family == "decoder" else 1200,
             "position_embeddings": family == "encoder",
-            "epochs": (15 if large else 100) if not from_base else _base_epochs(family, large),
-            "adaptation_learning_rate": 1e-2 if not from_base else (1e-5 if family == "vision" else 5e-5),
-            "adaptation_distance": "cosine" if family == "vision" else "mse",
         }
-        open_options = {name: value for name, value in published.items() if getattr(self, name) is None}
+        if self.parametrization == "parameters":
+            chosen["epochs"] = 100 if family == "vision" else 25 if large else 125
+            chosen["adaptation_learning_rate"] = 1e-5 if family == "vision" else 5e-5
+        else:
+            chosen["epochs"] = COEFFICIENT_EPOCHS
+            chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
+        open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 
     def with_sources(self, names: list[str], all_have_weights: bool) -> FDAConfig:
-        """The config with `initial` and `rest` chosen where they are open, and their weights in the order of sources.
+        """The config with `initial`, `rest` and `parametrization` chosen where they are open, and their weights in the
+        order of sources.
 
         Args:
             names: of the sources.
@@ -141,18 +166,12 @@ class FDAConfig(MethodConfig):
             if value is None:
                 value = method_class(method)() if all_have_weights else "base"
             roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
+        roles["parametrization"] = self.parametrization or ("coefficients" if all_have_weights else "parameters")
         return dataclasses.replace(self, **roles)
 
     def construction(self) -> dict[str, Any]:
         """The options that determine the anchors."""
         return {name: value for name, value in self.options().items() if name in CONSTRUCTION_FIELDS}
-
-
-def _base_epochs(family: Family, large: bool) -> int:
-    """Published passes of adaptation from the base itself: 100 for ViT; RoBERTa 125, large 25."""
-    if family == "vision":
-        return 100
-    return 25 if large else 125
 
 
 register_config(FDAConfig)

@@ -41,7 +41,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 PROMPT = " label:"
 SPECIAL = ("<s>", "</s>")
-MAX_TOKENS = 96
+MAX_TOKENS = 80
 VALIDATION_ROWS = 500
 MODEL: dict[str, Any] = {
     "vocab_size": 2048,
@@ -67,10 +67,11 @@ class Recipe:
     learning_rate: float
     batch_size: int = 32
     weight_decay: float = 0.01
+    text_weight: float = 1.0
 
 
 BASE = Recipe(steps=1600, learning_rate=3e-3, weight_decay=0.1)
-FINE_TUNE = Recipe(steps=400, learning_rate=5e-4)
+FINE_TUNE = Recipe(steps=400, learning_rate=4e-4, text_weight=0.3)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def train(model: Any, batches: Iterator[tuple[Tensor, Tensor, Tensor | None]], r
     for _ in range(recipe.steps):
         ids, text, last = next(batches)
         logits = model(input_ids=ids).logits
-        loss = functional.cross_entropy(logits[:, :-1][text], ids[:, 1:][text])
+        loss = recipe.text_weight * functional.cross_entropy(logits[:, :-1][text], ids[:, 1:][text])
         if last is not None:
             row = torch.arange(len(ids))
             loss = loss + functional.cross_entropy(logits[row, last - 1], ids[row, last])

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from decoder_family import Rows, Score, evaluate, make_family, open_model, open_rows, open_tokenizer
+from decoder_family import WORDS, Rows, Score, evaluate, make_family, open_model, open_rows, open_tokenizer
 
 import hf_fda
 
@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=Path, required=True, help="the rows")
     parser.add_argument("--work", type=Path, default=Path("decoders"), help="family and merges (default decoders/)")
+    parser.add_argument("--sources", nargs="+", choices=list(WORDS), default=list(WORDS), help="fine-tunes to merge")
     parser.add_argument("--family-seed", type=int, default=0, help="seed of the family's training")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
@@ -82,8 +83,9 @@ class Arena:
 
     def __init__(self, options: argparse.Namespace) -> None:
         folder = options.work / f"family{options.family_seed}"
-        self.work = folder / "merges"
-        self.base, self.tuned = make_family(folder, options.tasks, options.family_seed, say=print)
+        self.work = folder / "merges" / "-".join(options.sources)
+        self.base, tuned = make_family(folder, options.tasks, options.family_seed, say=print)
+        self.tuned = {task: tuned[task] for task in options.sources}
         self.tokenizer = open_tokenizer(self.base)
         self.rows: dict[str, Rows] = {}
         for task in self.tuned:

@@ -99,13 +99,17 @@ class Arena:
         hf_fda.merge(str(self.base), sources, output=output, quiet=True, **arguments)
         return time.perf_counter() - start
 
-    def anchors(self, arguments: dict[str, Any], seed: int) -> tuple[dict[str, str], float]:
+    def folder(self, label: str, arguments: dict[str, Any]) -> Path:
+        """A folder for a merge: another one for other arguments."""
+        digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+        return self.work / f"{label.replace(' ', '-').replace(',', '')}-{digest}"
+
+    def anchors(self, arguments: dict[str, Any]) -> tuple[dict[str, str], float]:
         """The folders of anchors for an FDA row, made where they are not there yet, and the seconds that took."""
-        only = {**arguments, "seed": seed, "initial": "base", "epochs": 0, "rest": "base"}
+        only = {**arguments, "initial": "base", "epochs": 0, "rest": "base"}
         for adaptation in ("scaling", "adaptation_learning_rate", "adaptation_distance", "batch_size"):
             only.pop(adaptation, None)
-        digest = hashlib.sha256(json.dumps(only, sort_keys=True).encode()).hexdigest()[:8]
-        shared = self.work / f"anchors-{arguments['initialization']}-{digest}-seed{seed}"
+        shared = self.folder(f"anchors {arguments['initialization']}", only)
         figures = shared / "seconds.json"
         if not figures.is_file():
             seconds = self.merge(shared, only)
@@ -144,12 +148,13 @@ def main() -> None:
     for label, arguments in table_rows(options).items():
         runs, times = [], []
         for seed in options.seeds if arguments["method"] == "fda" else [0]:
-            output = arena.work / f"{label.replace(' ', '-').replace(',', '')}-seed{seed}"
+            arguments = {**arguments, "seed": seed}
             parts, given = [], {}
             if arguments["method"] == "fda":
-                given["anchors"], construction = arena.anchors(arguments, seed)
+                given["anchors"], construction = arena.anchors(arguments)
                 parts.append(construction)
-            parts.append(arena.merge(output, {**arguments, **given, "seed": seed}))
+            output = arena.folder(label, arguments)
+            parts.append(arena.merge(output, {**arguments, **given}))
             runs.append(arena.scores(hf_fda.load(output)))
             times.append(parts)
         arena.show(label, runs, " + ".join(f"{statistics.mean(column):.1f}" for column in zip(*times, strict=True)))

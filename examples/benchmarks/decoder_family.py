@@ -139,14 +139,7 @@ def make_family(
 
 
 def evaluate(model: Any, tokenizer: Any, rows: Rows, batch_size: int = 64) -> Score:
-    """Score a decoder on the rows of one task.
-
-    Args:
-        model: a causal language model.
-        tokenizer: the family's.
-        rows: at least one.
-        batch_size: rows at a time.
-    """
+    """Score a causal language model on the rows of one task, `batch_size` rows at a time."""
     model.eval()
     words, encoded = word_ids(tokenizer, rows.task), encode(tokenizer, rows)
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))  # little padding

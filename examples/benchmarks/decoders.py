@@ -1,0 +1,171 @@
+"""Compare merges of a small decoder family on real text (`decoder_family.py`, which also trains it).
+
+    python examples/benchmarks/decoders.py --tasks DIR --work DIR [--split test] [--seeds 0 1 2] [--only NAME ...]
+
+`--tasks` holds `TASK.train.jsonl` and `TASK.test.jsonl` with `text` and `label`. Printed for each merge: by task and
+on average the accuracy of the label's word and the nats per token of the text, and the seconds of the merge (for FDA:
+of construction and of adaptation). There are no task heads: one merged model answers for every task. FDA merges each
+block's MLP; the rest of a block comes from where adaptation starts, and embeddings, last norm and output layer from
+task arithmetic (`--rest`), as in the published merge of decoders. Anchors do not depend on where adaptation starts, so
+all FDA rows of one initialisation and seed share theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from decoder_family import WORDS, Rows, Score, evaluate, make_family, open_model, open_rows, open_tokenizer
+
+import hf_fda
+
+SCALINGS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+STARTS: dict[str, dict[str, Any]] = {
+    "base": {"initial": "base"},
+    "task_arithmetic": {"initial": "task_arithmetic"},
+    "tsv": {"initial": "tsv"},
+    "wudi": {"initial": "wudi"},
+}
+
+
+def table_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Every row of the table: its name and what `hf_fda.merge` gets."""
+    rows: dict[str, dict[str, Any]] = {}
+    for scaling in SCALINGS:
+        rows[f"task_arithmetic {scaling}"] = {"method": "task_arithmetic", "scaling": scaling}
+    for scaling in (1.0, 1.2):
+        rows[f"tsv {scaling}"] = {"method": "tsv", "scaling": scaling}
+    for solver in ("iterative", "closed_form"):
+        rows[f"wudi {solver}"] = {"method": "wudi", "solver": solver}
+    for scaling in (1.0, 1.5, 2.0):
+        rows[f"isotropic {scaling}"] = {"method": "isotropic", "scaling": scaling}
+    shared = {"num_anchors": options.num_anchors, "steps": options.steps, "patience": None}
+    shared["rest"] = {"method": "task_arithmetic", "scaling": options.rest}
+    shared.update(item.split("=", 1) for item in options.set)
+    for initialization in ("weights", "gaussian"):
+        for start, initial in STARTS.items():
+            scaling = {"scaling": options.rest} if start == "task_arithmetic" else {}
+            rows[f"fda from {start}, {initialization}"] = {
+                "method": "fda",
+                "initialization": initialization,
+                **initial,
+                **scaling,
+                **shared,
+            }
+    return {name: row for name, row in rows.items() if not options.only or any(part in name for part in options.only)}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=Path, required=True, help="the rows")
+    parser.add_argument("--work", type=Path, default=Path("decoders"), help="family and merges (default decoders/)")
+    parser.add_argument("--sources", nargs="+", choices=list(WORDS), default=list(WORDS), help="fine-tunes to merge")
+    parser.add_argument("--family-seed", type=int, default=0, help="seed of the family's training")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the FDA rows")
+    parser.add_argument("--num-anchors", type=int, default=512, help="anchors per MLP and source (published: 8192)")
+    parser.add_argument("--steps", type=int, default=200, help="construction steps")
+    parser.add_argument("--rest", type=float, default=0.3, help="scaling of task arithmetic outside the blocks")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="more options of the FDA rows")
+    return parser.parse_args()
+
+
+class Arena:
+    """One family, its rows and what is printed about its merges."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        folder = options.work / f"family{options.family_seed}"
+        self.work = folder / "merges" / "-".join(options.sources)
+        self.base, tuned = make_family(folder, options.tasks, options.family_seed, say=print)
+        self.tuned = {task: tuned[task] for task in options.sources}
+        self.tokenizer = open_tokenizer(self.base)
+        self.rows: dict[str, Rows] = {}
+        for task in self.tuned:
+            rows = open_rows(options.tasks, task, options.split)
+            self.rows[task] = Rows(task, rows.texts[: options.limit], rows.labels[: options.limit])
+
+    def merge(self, output: Path, arguments: dict[str, Any]) -> float:
+        """Merge all fine-tunes; seconds."""
+        start = time.perf_counter()
+        sources = {task: str(folder) for task, folder in self.tuned.items()}
+        hf_fda.merge(str(self.base), sources, output=output, quiet=True, **arguments)
+        return time.perf_counter() - start
+
+    def folder(self, label: str, arguments: dict[str, Any]) -> Path:
+        """A folder for a merge: another one for other arguments."""
+        digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+        return self.work / f"{label.replace(' ', '-').replace(',', '')}-{digest}"
+
+    def anchors(self, arguments: dict[str, Any]) -> tuple[dict[str, str], float]:
+        """The folders of anchors for an FDA row, made where they are not there yet, and the seconds that took."""
+        only = {**arguments, "initial": "base", "epochs": 0, "rest": "base"}
+        for adaptation in ("scaling", "adaptation_learning_rate", "adaptation_distance", "batch_size"):
+            only.pop(adaptation, None)
+        shared = self.folder(f"anchors {arguments['initialization']}", only)
+        figures = shared / "seconds.json"
+        if not figures.is_file():
+            seconds = self.merge(shared, only)
+            figures.write_text(json.dumps(seconds), encoding="utf-8")
+        return {task: str(shared / "anchors" / task) for task in self.tuned}, json.loads(figures.read_text())
+
+    def scores(self, model: Any) -> dict[str, Score]:
+        """A model's score on every task."""
+        return {task: evaluate(model, self.tokenizer, rows) for task, rows in self.rows.items()}
+
+    def show(self, label: str, runs: list[dict[str, Score]], seconds: str = "") -> None:
+        """Print a row: means over runs, and the spread of the averages."""
+        accuracies = [[run[task].accuracy for task in self.rows] for run in runs]
+        losses = [[run[task].loss for task in self.rows] for run in runs]
+        cells = [label]
+        for table in (accuracies, losses):
+            averages = [statistics.mean(run) for run in table]
+            spread = f" ± {statistics.stdev(averages):.3f}" if len(runs) > 1 else ""
+            cells += [f"{statistics.mean(column):.3f}" for column in zip(*table, strict=True)]
+            cells.append(f"{statistics.mean(averages):.3f}{spread}")
+        print("| " + " | ".join([*cells, seconds]) + " |", flush=True)
+
+
+def main() -> None:
+    """Train, merge, score, print."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    options = parse()
+    arena = Arena(options)
+    print(f"{options.split} rows: " + ", ".join(f"{task} {len(rows.texts)}" for task, rows in arena.rows.items()))
+    header = ["merge", *arena.rows, "accuracy", *(f"{task} nats" for task in arena.rows), "nats", "seconds"]
+    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)
+    arena.show("individual fine-tunes", [own_scores(arena)])
+    arena.show("base", [arena.scores(open_model(arena.base))])
+    for label, arguments in table_rows(options).items():
+        runs, times = [], []
+        for seed in options.seeds if arguments["method"] == "fda" else [0]:
+            arguments = {**arguments, "seed": seed}
+            parts, given = [], {}
+            if arguments["method"] == "fda":
+                given["anchors"], construction = arena.anchors(arguments)
+                parts.append(construction)
+            output = arena.folder(label, arguments)
+            parts.append(arena.merge(output, {**arguments, **given}))
+            runs.append(arena.scores(hf_fda.load(output)))
+            times.append(parts)
+        arena.show(label, runs, " + ".join(f"{statistics.mean(column):.1f}" for column in zip(*times, strict=True)))
+
+
+def own_scores(arena: Arena) -> dict[str, Score]:
+    """Each fine-tune's score on its own task."""
+    return {
+        task: evaluate(open_model(folder), arena.tokenizer, arena.rows[task]) for task, folder in arena.tuned.items()
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -74,6 +74,7 @@ def _objective(
     """What a unit shall match, from the base's unit and the anchors of the sources that move it."""
     anchors = [own.anchors.to(device) for own in found]
     targets = [own.targets.to(device) for own in found]
+    assert config.adaptation_distance is not None
     shifts = None
     if config.adaptation_distance == "shift":
         with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from conftest import fine_tune, make_model
 from torch import Tensor, nn
 
-from hf_fda.anchors import CoefficientAdam, adapt_unit, construct_unit
+from hf_fda.anchors import CoefficientAdam, Objective, adapt_unit, construct_unit
 from hf_fda.anchors.construction import (
     gradient_cosines,
     induced_gradients,
@@ -23,6 +23,7 @@ from hf_fda.anchors.construction import (
 )
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.initialization import initial_anchors, sample_rows
+from hf_fda.anchors.metric import shift_metric
 from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
 from hf_fda.checkpoint import ModelCheckpoint
 from hf_fda.errors import RunError
@@ -423,9 +424,9 @@ def test_coefficient_adam_is_adam_on_explicit_coefficients(count: int, holes: bo
             result = result + alpha * task
         return result
 
-    plain = torch.optim.Adam([alpha for own in alphas for alpha in own], lr=learning_rate)
+    plain = torch.optim.Adam([alpha for own in alphas for alpha in own], lr=learning_rate, eps=1e-30)
     parameters = [theta(p).detach().clone().requires_grad_(True) for p in range(2)]
-    stepper = CoefficientAdam(parameters, tasks, learning_rate)
+    stepper = CoefficientAdam(parameters, [magnitudes(own) for own in tasks], learning_rate, eps=1e-30)
     start = loss(theta(0), theta(1)).item()
     for _ in range(30):
         plain.zero_grad()
@@ -441,24 +442,29 @@ def test_coefficient_adam_is_adam_on_explicit_coefficients(count: int, holes: bo
 def test_coefficient_adam_does_not_move_where_all_task_vectors_are_zero() -> None:
     parameter = torch.ones(4)
     task = torch.tensor([1.0, 0.0, -1.0, 0.0])
-    stepper = CoefficientAdam([parameter], [[task, 0 * task]], 0.1)
+    stepper = CoefficientAdam([parameter], [task.abs()], 0.1)
     for _ in range(3):
         stepper.step([torch.tensor([1.0, 1.0, 0.0, 0.0])])
     assert parameter[0] < 1
     assert torch.equal(parameter[1:], torch.ones(3))
 
 
-def test_coefficient_adam_takes_other_decay_rates_and_epsilon() -> None:
-    task, gradient = draw(6, seed=1), draw(6, seed=2)
-    alpha = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    plain = torch.optim.Adam([alpha], lr=0.1, betas=(0.5, 0.7), eps=1e-2)
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_without_scales_it_is_adam_on_the_parameters(rate: float) -> None:
+    gradient, plain = draw(6, seed=2), torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([plain], lr=0.1 * rate, betas=(0.5, 0.7), eps=1e-2)
     parameter = torch.zeros(6, dtype=torch.float64)
-    stepper = CoefficientAdam([parameter], [[task]], 0.1, betas=(0.5, 0.7), eps=1e-2)
+    stepper = CoefficientAdam([parameter], None, 0.1, betas=(0.5, 0.7), eps=1e-2)
     for number in range(1, 6):
-        alpha.grad = task * gradient / number
-        plain.step()
-        stepper.step([gradient / number])
-    torch.testing.assert_close(parameter, (alpha * task).detach(), rtol=1e-12, atol=1e-12)
+        plain.grad = gradient / number
+        optimizer.step()
+        stepper.step([gradient / number], rate)
+    torch.testing.assert_close(parameter, plain.detach(), rtol=1e-12, atol=1e-12)
+
+
+def magnitudes(tasks: Sequence[Tensor]) -> Tensor:
+    """The sum of the magnitudes of task vectors."""
+    return torch.stack([task.abs() for task in tasks]).sum(0)
 
 
 # -- adaptation --------------------------------------------------------------------------------------------------------
@@ -473,9 +479,13 @@ def adapt(
     **options: Any,
 ) -> Any:
     """Adapt a copy of a module."""
-    settings: dict[str, Any] = {"kind": "mse", "epochs": 12, "learning_rate": 1e-2, "batch_size": 4}
+    settings: dict[str, Any] = {"epochs": 12, "learning_rate": 1e-2, "batch_size": 4, "schedule": "constant"}
     settings = {**settings, "generator": generator(7), **options}
-    return adapt_unit(copy.deepcopy(module), call, anchors, targets, tasks, **settings)
+    kind, power = settings.pop("kind", "mse"), settings.pop("power", 0.5)
+    shifts = [target - call(module, x) for x, target in zip(anchors, targets, strict=True)]
+    objective = Objective(kind, anchors, targets, shifts, power)
+    scales = None if tasks is None else {name: magnitudes([task[name] for task in tasks]) for name in tasks[0]}
+    return adapt_unit(copy.deepcopy(module), call, objective, scales, **settings)
 
 
 def two_sources() -> tuple[nn.Module, list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
@@ -528,7 +538,7 @@ def test_adaptation_of_coefficients_is_adam_on_explicit_coefficients(kind: Any) 
             for name in theta_0
         }
 
-    optimizer = torch.optim.Adam([alpha for own in alphas for alpha in own.values()], lr=1e-2)
+    optimizer = torch.optim.Adam([alpha for own in alphas for alpha in own.values()], lr=1e-2, eps=1e-30)
     x, y, order = torch.cat(anchors), torch.cat(targets), generator(7)
     for _ in range(12):
         for batch in torch.randperm(len(x), generator=order).split(4):
@@ -536,7 +546,7 @@ def test_adaptation_of_coefficients_is_adam_on_explicit_coefficients(kind: Any) 
             summed_distance(kind, torch.func.functional_call(base, theta(), (x[batch],)), y[batch]).backward()
             optimizer.step()
     for name, value in theta().items():
-        torch.testing.assert_close(result.parameters[name], value.detach(), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(result.parameters[name], value.detach(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -587,6 +597,65 @@ def test_adaptation_reports_its_epochs_and_a_falling_loss() -> None:
     )
     assert [epoch for epoch, _ in told] == [10, 20, 25]
     assert result.loss_before > told[0][1] > told[1][1] > told[2][1]
+
+
+# -- the metric of a source's shift ------------------------------------------------------------------------------------
+
+
+def test_in_the_metric_leaving_a_block_as_the_base_has_it_costs_one_for_every_source() -> None:
+    for size in (1e-3, 1.0, 50.0):
+        shift = size * draw(7, 3, 5)
+        for power in (0.0, 0.5, 2.0):
+            cost = (shift @ shift_metric(shift, power)).square().sum() / (7 * 3)
+            assert float(cost) == pytest.approx(1)
+
+
+def test_without_power_all_directions_count_alike_and_with_it_the_main_ones_more() -> None:
+    shift = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    alike, weighed = (shift_metric(shift, power, floor=0.0).norm(dim=1).square() for power in (0.0, 0.5))
+    assert alike.tolist() == pytest.approx([alike[0].item()] * 3)
+    assert (weighed / weighed[2]).tolist() == pytest.approx([4, 2, 1])
+
+
+def test_a_source_that_does_not_shift_its_outputs_has_no_metric() -> None:
+    assert not shift_metric(torch.zeros(4, 3, 5), 0.5).any()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_the_shift_distance_is_that_of_a_plain_loop_in_any_order_of_batches(power: float) -> None:
+    base, anchors, targets, _ = two_sources()
+    shifts = [target - base(x) for x, target in zip(anchors, targets, strict=True)]
+    objective = Objective("shift", anchors, targets, shifts, power)
+    outputs = [draw(*target.shape, seed=9) for target in targets]
+    expected = sum(
+        ((output - target) @ shift_metric(shift, power)).square().sum() / target.shape[1]
+        for output, target, shift in zip(outputs, targets, shifts, strict=True)
+    )
+    everything = torch.cat(outputs)
+    batches = objective.batches(torch.randperm(11, generator=generator()), 4)
+    assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(11))
+    total = sum(objective.loss(everything[batch.rows], batch) for batch in batches)
+    assert float(total) == pytest.approx(float(expected))
+
+
+def test_adaptation_in_the_metric_serves_a_source_that_moves_little() -> None:
+    base, anchors, targets, tasks = two_sources()
+    small = [base(anchors[0]) + 1e-2 * (targets[0] - base(anchors[0])), targets[1]]
+
+    def left(kind: str) -> float:
+        result = adapt(base, CALL, [anchors[0]] * 2, [small[0], targets[0]], tasks, kind=kind, epochs=60)
+        output = torch.func.functional_call(base, result.parameters, (anchors[0],))
+        return float((output - small[0]).square().mean())
+
+    assert left("shift") < 0.5 * left("mse")
+
+
+def test_frozen_parameters_stay_and_a_linear_schedule_ends_at_rest() -> None:
+    base, anchors, targets, tasks = two_sources()
+    names = [name for name, _ in base.named_parameters()]
+    result = adapt(base, CALL, anchors, targets, tasks, frozen=frozenset(names[:1]), schedule="linear")
+    assert torch.equal(result.parameters[names[0]], dict(base.named_parameters())[names[0]])
+    assert not torch.equal(result.parameters[names[1]], dict(base.named_parameters())[names[1]])
 
 
 # -- where anchors start -----------------------------------------------------------------------------------------------

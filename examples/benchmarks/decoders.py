@@ -23,6 +23,7 @@ from typing import Any
 from decoder_family import WORDS, Rows, Score, evaluate, make_family, open_model, open_rows, open_tokenizer
 
 import hf_fda
+from hf_fda.merge_methods.fda import CONSTRUCTION_FIELDS
 
 SCALINGS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 STARTS: dict[str, dict[str, Any]] = {
@@ -106,9 +107,9 @@ class Arena:
 
     def anchors(self, arguments: dict[str, Any]) -> tuple[dict[str, str], float]:
         """The folders of anchors for an FDA row, made where they are not there yet, and the seconds that took."""
-        only = {**arguments, "initial": "base", "epochs": 0, "rest": "base"}
-        for adaptation in ("scaling", "adaptation_learning_rate", "adaptation_distance", "batch_size"):
-            only.pop(adaptation, None)
+        kept = ("method", "seed", *CONSTRUCTION_FIELDS)
+        only = {name: value for name, value in arguments.items() if name in kept}
+        only |= {"initial": "base", "epochs": 0, "rest": "base"}
         shared = self.folder(f"anchors {arguments['initialization']}", only)
         figures = shared / "seconds.json"
         if not figures.is_file():

@@ -31,7 +31,7 @@ CONSTRUCTION_FIELDS = (
 """The options that determine the anchors; the others only act on the merge."""
 
 COEFFICIENT_EPOCHS = 20
-"""Passes of adaptation on coefficients."""
+"""Passes of adaptation on coefficients, three times as many from the base, which is further away."""
 
 COEFFICIENT_STEP = 3e-2
 """Its step size, as a fraction of the sum of the task vectors' magnitudes, falling to zero."""
@@ -39,7 +39,7 @@ COEFFICIENT_STEP = 3e-2
 
 @dataclass(frozen=True, kw_only=True)
 class FDAConfig(MethodConfig):
-    """Options of `fda`. What is None takes the published value for the kind of model (`for_family`)."""
+    """Options of `fda`. What is None is chosen for the kind of model (`for_family`)."""
 
     name: ClassVar[str] = "fda"
     summary: ClassVar[str] = "match every source's blocks on anchors built from its weights alone"
@@ -49,7 +49,7 @@ class FDAConfig(MethodConfig):
     initial: str | MethodConfig | None = option(
         None,
         "where adaptation starts: base, or a parameter-space method, whose own options may follow; "
-        "none: tsv, or base where a source is anchors only",
+        "none: isotropic with scaling 3, or base where a source is anchors only",
     )
     rest: str | MethodConfig | None = option(
         None,
@@ -76,8 +76,10 @@ class FDAConfig(MethodConfig):
     adaptation_schedule: Schedule = option(
         "linear", "the step size of adaptation stays, or falls to zero over all its steps"
     )
-    adaptation_distance: AdaptationDistance = option(
-        "shift", "distance of a block's outputs in adaptation; shift: squared, in the metric of the source's own shift"
+    adaptation_distance: AdaptationDistance | None = option(
+        None,
+        "distance of a block's outputs in adaptation; shift: squared, in the metric of the source's own shift; "
+        "by kind of model",
     )
     metric_power: float = option(
         0.5, "how much more the main directions of a source's shift count; 0: all alike", minimum=0
@@ -129,7 +131,7 @@ class FDAConfig(MethodConfig):
         return cls(**mine)
 
     def for_family(self, family: Family, hidden_size: int) -> FDAConfig:
-        """The config with every open option filled in, as published for this kind of model.
+        """The config with every open option filled in for this kind of model.
 
         Args:
             family: "vision", "encoder" (text) or "decoder".
@@ -140,14 +142,16 @@ class FDAConfig(MethodConfig):
             "unit": ("mlp",) if family == "decoder" else ("block",),
             "num_anchors": 8192 if family == "decoder" else 64,
             "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
-            "steps": 200 if family == "decoder" else 1200,
+            "steps": 200 if family == "decoder" else 100,
             "position_embeddings": family == "encoder",
+            # A head of a task's own reads what that task wrote; one output layer for all reads everything alike.
+            "adaptation_distance": "mse" if family == "decoder" else "shift",
         }
         if self.parametrization == "parameters":
             chosen["epochs"] = 100 if family == "vision" else 25 if large else 125
             chosen["adaptation_learning_rate"] = 1e-5 if family == "vision" else 5e-5
         else:
-            chosen["epochs"] = COEFFICIENT_EPOCHS
+            chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else COEFFICIENT_EPOCHS
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
@@ -161,10 +165,10 @@ class FDAConfig(MethodConfig):
             all_have_weights: whether none is anchors only; a method has nothing to merge of such a source.
         """
         roles: dict[str, Any] = {}
-        for role, method in (("initial", "tsv"), ("rest", "task_arithmetic")):
+        for role, method, options in (("initial", "isotropic", {"scaling": 3.0}), ("rest", "task_arithmetic", {})):
             value = getattr(self, role)
             if value is None:
-                value = method_class(method)() if all_have_weights else "base"
+                value = method_class(method).from_options(options) if all_have_weights else "base"
             roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
         roles["parametrization"] = self.parametrization or ("coefficients" if all_have_weights else "parameters")
         return dataclasses.replace(self, **roles)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hf_fda.merge_methods.fda import Distance
+
+TINY = 1e-16
+"""Least squared norm of an output that the cosine divides by."""
 
 
 def distance(kind: Distance, output: Tensor, target: Tensor) -> Tensor:
@@ -23,7 +26,9 @@ def distance(kind: Distance, output: Tensor, target: Tensor) -> Tensor:
         a scalar.
     """
     if kind == "cosine":
-        return (1 - functional.cosine_similarity(output.flatten(1), target.flatten(1), dim=1)).mean()
+        a, b = output.flatten(1), target.flatten(1)
+        squares = [torch.linalg.vecdot(one, one).clamp_min(TINY) for one in (a, b)]
+        return (1 - torch.linalg.vecdot(a, b) * (squares[0].rsqrt() * squares[1].rsqrt())).mean()
     if kind == "mse":
         return (output - target).square().mean()
     return (output - target).abs().mean()

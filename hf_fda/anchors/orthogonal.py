@@ -1,0 +1,98 @@
+"""The optimiser of construction: momentum made orthogonal, with a step size that falls to zero."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Optimizer = Literal["adamw", "muon"]
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic that moves all singular values towards one (Muon, Jordan 2024)."""
+
+
+def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """U V^T of a matrix U S V^T, roughly: every singular value that is not tiny lands near one.
+
+    The iteration works on the smaller Gram matrix, so it costs two products of the size of the matrix and some of the
+    smaller side cubed.
+
+    Args:
+        matrix: (N, d).
+        iterations: of Newton and Schulz.
+
+    Returns:
+        (N, d), scaled to a root mean square of one.
+    """
+    wide = matrix.shape[0] < matrix.shape[1]
+    scaled = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
+    gram = scaled @ scaled.T if wide else scaled.T @ scaled
+    a, b, c = NEWTON_SCHULZ
+    product: Tensor | None = None
+    for _ in range(iterations):
+        square = gram @ gram
+        factor = (b * gram).add_(square, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else product @ factor
+        gram = factor @ gram @ factor
+    assert product is not None
+    result = product @ scaled if wide else scaled @ product
+    return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+class Stepper(Protocol):
+    """Something that moves the anchors along their gradient."""
+
+    def step(self) -> object:
+        """One step along `x.grad`."""
+        ...
+
+
+class Muon:
+    """Momentum made orthogonal (Jordan 2024), of all tokens of all anchors as one matrix (n T, d).
+
+    The gradients that anchors induce are products ``D^T x``, sums over tokens, and their cosines with a task vector of
+    many directions are held back by the directions that few tokens show. A step that moves all directions alike
+    reaches in 60 to 80 steps what Adam at a constant step size reaches in 300. The step size stays for half of the
+    steps and then falls to zero in a line.
+
+    Args:
+        x: (n, T, d), changed in place.
+        learning_rate: a quarter of the root mean square of the first steps' entries, so that Adam's usual 0.01 fits.
+        steps: how many there will be.
+        momentum: decay rate of the averaged gradient, looked ahead as Nesterov does.
+    """
+
+    FACTOR = 4.0
+    WARM_UP = 3
+
+    def __init__(self, x: Tensor, learning_rate: float, steps: int, momentum: float = 0.8) -> None:
+        self.x, self.learning_rate, self.steps, self.momentum = x, learning_rate, steps, momentum
+        self.average = torch.zeros_like(x)
+        self.done = 0
+
+    def size(self) -> float:
+        """The root mean square of the next step's entries."""
+        rise = min(1.0, (self.done + 1) / self.WARM_UP)
+        fall = min(1.0, 2 * (1 - self.done / self.steps))
+        return self.FACTOR * self.learning_rate * min(rise, fall)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step along `x.grad`."""
+        gradient = self.x.grad
+        assert gradient is not None
+        self.average.lerp_(gradient, 1 - self.momentum)
+        ahead = self.average.lerp(gradient, 1 - self.momentum)
+        direction = orthogonalize(ahead.reshape(-1, ahead.shape[-1])).view_as(self.x)
+        self.x.add_(direction, alpha=-self.size())
+        self.done += 1
+
+
+def make_stepper(kind: Optimizer, x: Tensor, learning_rate: float, steps: int) -> Stepper:
+    """AdamW at a constant step size, as published, or `Muon`."""
+    if kind == "muon":
+        return Muon(x, learning_rate, steps)
+    return torch.optim.AdamW([x], lr=learning_rate)

@@ -28,7 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def merge(base: Any, sources: Any, method: str, output: Path, **options: Any) -> hf_fda.Merged:
     """A small merge on the CPU."""
-    small = {**FAST, "initial": "base", "rest": "base"} if method == "fda" else {}
+    start = {"initial": "base", "rest": "base", "parametrization": "parameters"}
+    small = {**FAST, **start} if method == "fda" else {}
     return hf_fda.merge(base, sources, method, output, device="cpu", quiet=True, **{**small, **options})
 
 

@@ -185,7 +185,8 @@ def test_rest_base_keeps_the_embeddings_of_the_base(classifiers: tuple[Path, dic
     base, tasks = classifiers
     merged = weights(merge(base, tasks, "fda", tmp_path / "merged", rest="base").folder)
     for name, tensor in weights(base).items():
-        assert torch.equal(tensor, merged[name]) == name.startswith(("embeddings.", "pooler."))
+        kept = name.startswith(("embeddings.", "pooler.")) or name.endswith("key.bias")
+        assert torch.equal(tensor, merged[name]) == kept
 
 
 def test_rest_linear_averages_the_embeddings(classifiers: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
@@ -198,7 +199,8 @@ def test_rest_linear_averages_the_embeddings(classifiers: tuple[Path, dict[str, 
             assert torch.equal(merged[name], plain[name])
             assert not torch.equal(merged[name], held[name])
         else:
-            assert name.startswith("pooler.") == torch.equal(merged[name], held[name])
+            kept = name.startswith("pooler.") or name.endswith("key.bias")
+            assert kept == torch.equal(merged[name], held[name])
 
 
 def test_rest_of_a_language_model_is_all_that_lies_outside_the_blocks(library: Library, tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_the_command_does_what_the_function_does(library: Library, tmp_path: Pat
     base, sources = library("bert")
     words = ["merge", "--base", str(base), "--source", f"a={sources[0]}", "--source", f"b={sources[1]}"]
     words += ["--method", "fda", "--initial", "task_arithmetic", "--scaling=0.3", "--unit", "attention,output"]
-    words += ["--rest", "base"]
+    words += ["--rest", "base", "--parametrization", "parameters"]
     words += ["--num-anchors", "4", "--steps=3", "--epochs", "2", "--seed", "7", "--device", "cpu", "--quiet"]
     assert main([*words, "--output", str(tmp_path / "command")]) == 0
     tasks = {"a": sources[0], "b": sources[1]}

@@ -633,9 +633,11 @@ def test_initial_and_rest_may_be_names_mappings_or_configs() -> None:
 
 def test_where_to_start_follows_from_what_is_given() -> None:
     chosen = FDAConfig().with_sources(["a"], all_have_weights=True)
-    assert (chosen.initial, chosen.rest) == (resolve_method("tsv", {}), resolve_method("task_arithmetic", {}))
+    start = resolve_method("isotropic", {"scaling": 3.0})
+    assert (chosen.initial, chosen.rest) == (start, resolve_method("task_arithmetic", {}))
+    assert chosen.parametrization == "coefficients"
     chosen = FDAConfig().with_sources(["a"], all_have_weights=False)
-    assert (chosen.initial, chosen.rest) == ("base", "base")
+    assert (chosen.initial, chosen.rest, chosen.parametrization) == ("base", "base", "parameters")
 
 
 def test_options_of_another_method_need_an_initial_method() -> None:
@@ -670,59 +672,33 @@ def test_weights_by_name_reach_initial_and_rest() -> None:
         FDAConfig.from_options({"initial": "tsv", "weights": "a=1,b=2"}).with_sources(["a", "b", "c"], True)
 
 
-COMMON = {"steps": 1200, "num_anchors": 64, "unit": ("block",)}
+BLOCKS = {"steps": 75, "num_anchors": 64, "unit": ("block",), "adaptation_distance": "shift"}
+MLPS = {"steps": 75, "num_anchors": 8192, "num_tokens": 1, "unit": ("mlp",), "adaptation_distance": "mse"}
+NEAR = {"epochs": 20, "adaptation_learning_rate": 3e-2}
+FAR = {"epochs": 60, "adaptation_learning_rate": 3e-2}
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "initial", "published"),
+    ("family", "size", "options", "expected"),
     [
-        (
-            "vision",
-            768,
-            "base",
-            {
-                **COMMON,
-                "num_tokens": None,
-                "position_embeddings": False,
-                "epochs": 100,
-                "adaptation_learning_rate": 1e-5,
-                "adaptation_distance": "cosine",
-            },
-        ),
-        ("vision", 1024, "base", {"epochs": 100, "adaptation_learning_rate": 1e-5}),
-        ("vision", 768, "tsv", {"epochs": 100, "adaptation_learning_rate": 1e-2, "adaptation_distance": "cosine"}),
-        ("vision", 1024, "tsv", {"epochs": 100, "adaptation_learning_rate": 1e-2}),
-        (
-            "encoder",
-            768,
-            "base",
-            {
-                **COMMON,
-                "num_tokens": 5,
-                "position_embeddings": True,
-                "epochs": 125,
-                "adaptation_learning_rate": 5e-5,
-                "adaptation_distance": "mse",
-            },
-        ),
-        ("encoder", 1024, "base", {"epochs": 25, "adaptation_learning_rate": 5e-5}),
-        ("encoder", 768, "wudi", {"epochs": 100, "adaptation_learning_rate": 1e-2, "adaptation_distance": "mse"}),
-        ("encoder", 1024, "task_arithmetic", {"epochs": 15, "adaptation_learning_rate": 1e-2}),
-        (
-            "decoder",
-            5120,
-            "base",
-            {"unit": ("mlp",), "num_anchors": 8192, "num_tokens": 1, "steps": 200, "position_embeddings": False},
-        ),
+        ("vision", 768, {"initial": "base"}, {**BLOCKS, **FAR, "num_tokens": None, "position_embeddings": False}),
+        ("vision", 768, {"initial": "tsv"}, {**BLOCKS, **NEAR}),
+        ("vision", 768, {"parametrization": "parameters"}, {"epochs": 100, "adaptation_learning_rate": 1e-5}),
+        ("encoder", 768, {"initial": "base"}, {**BLOCKS, **FAR, "num_tokens": 5, "position_embeddings": True}),
+        ("encoder", 1024, {"initial": "wudi"}, {**BLOCKS, **NEAR}),
+        ("encoder", 768, {"parametrization": "parameters"}, {"epochs": 125, "adaptation_learning_rate": 5e-5}),
+        ("encoder", 1024, {"parametrization": "parameters"}, {"epochs": 25, "adaptation_learning_rate": 5e-5}),
+        ("decoder", 5120, {"initial": "base"}, {**MLPS, **FAR, "position_embeddings": False}),
+        ("decoder", 5120, {"initial": "tsv"}, {**MLPS, **NEAR}),
     ],
 )
-def test_open_options_take_the_published_values(
-    family: Any, size: int, initial: str, published: dict[str, Any]
+def test_open_options_are_chosen_for_the_kind_of_model(
+    family: Any, size: int, options: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    config = FDAConfig(initial=initial).for_family(family, size)
-    assert {name: getattr(config, name) for name in published} == published
+    config = FDAConfig(**options).for_family(family, size)
+    assert {name: getattr(config, name) for name in expected} == expected
     open_still = {name for name, value in config.options().items() if value is None}
-    assert open_still <= {"num_tokens", "rest"}
+    assert open_still <= {"num_tokens", "rest", "initial", "parametrization"}
     assert (config.learning_rate, config.batch_size, config.distance, config.initialization) == (
         1e-2,
         128,

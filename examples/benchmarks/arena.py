@@ -5,8 +5,9 @@
 `--checkpoints` holds a folder `base` and one folder for each fine-tune, named after its task; `--tasks` holds
 `TASK.train.jsonl` and `TASK.test.jsonl` with `text`, perhaps `text_pair`, and `label`. Every row keeps the sources'
 own heads (pooler and classifier), so that rows differ in the merged body alone. Printed: accuracy by task and on
-average, seconds of the merge (for FDA: of construction and of adaptation), and the peak memory of its process.
-Anchors do not depend on where adaptation starts, so all FDA rows of one initialisation and seed share theirs.
+average, the divergence from what the fine-tunes answer (nats), seconds of the merge (for FDA: of construction and of
+adaptation), and the peak memory of its process. Anchors do not depend on where adaptation starts, so all FDA rows of
+one seed share theirs.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scoring import Rows, Score, average, spread
+
 STARTS: dict[str, dict[str, Any]] = {
     "base": {"initial": "base"},
-    "task_arithmetic": {"initial": "task_arithmetic", "scaling": 0.3},
-    "tsv": {"initial": "tsv"},
-    "wudi": {"initial": "wudi"},
+    "task_arithmetic 0.3": {"initial": "task_arithmetic", "scaling": 0.3},
+    "tsv 1.0": {"initial": "tsv"},
+    "tsv 1.2": {"initial": "tsv", "scaling": 1.2},
+    "wudi iterative": {"initial": "wudi"},
+    "isotropic 1.0": {"initial": "isotropic", "scaling": 1.0},
+    "isotropic 2.0": {"initial": "isotropic", "scaling": 2.0},
+    "isotropic 3.0": {"initial": "isotropic", "scaling": 3.0},
 }
+"""Where FDA starts from."""
 
 
 def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -33,45 +41,15 @@ def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for scaling in (0.2, 0.3, 0.4, 0.5):
         rows[f"task_arithmetic {scaling}"] = {"method": "task_arithmetic", "scaling": scaling}
-    for scaling in (1.0, 1.2):
+    for scaling in (1.0, 1.2, 1.4):
         rows[f"tsv {scaling}"] = {"method": "tsv", "scaling": scaling}
     for solver in ("iterative", "closed_form"):
         rows[f"wudi {solver}"] = {"method": "wudi", "solver": solver}
-    for scaling in (1.0, 1.5):
+    for scaling in (1.0, 1.5, 2.0, 2.5, 3.0):
         rows[f"isotropic {scaling}"] = {"method": "isotropic", "scaling": scaling}
-    for initialization in ("weights", "gaussian"):
-        for start, options in STARTS.items():
-            rows[f"fda from {start}, {initialization}"] = {
-                "method": "fda",
-                "initialization": initialization,
-                **settings,
-                **options,
-            }
+    for start, options in STARTS.items():
+        rows[f"fda from {start}"] = {"method": "fda", **options, **settings}
     return rows
-
-
-def read_rows(tasks: Path, task: str, split: str, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` rows of a task."""
-    with open(tasks / f"{task}.{split}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file][:limit]
-
-
-def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch: int = 64) -> float:
-    """Fraction of rows whose label the model gives; 64 tokens at most."""
-    import torch
-
-    right = 0
-    model.eval()
-    rows = sorted(rows, key=lambda row: len(row["text"]) + len(row.get("text_pair", "")))  # little padding
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        pairs = [row["text_pair"] for row in part] if "text_pair" in part[0] else None
-        texts = [row["text"] for row in part]
-        inputs = tokenizer(texts, pairs, truncation=True, max_length=64, padding=True, return_tensors="pt")
-        with torch.no_grad():
-            guess = model(**inputs).logits.argmax(-1)
-        right += int((guess == torch.tensor([row["label"] for row in part])).sum())
-    return right / len(rows)
 
 
 def merge_row(queue: Any, checkpoints: Path, names: list[str], output: Path, arguments: dict[str, Any]) -> None:
@@ -115,58 +93,46 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the FDA rows")
-    parser.add_argument("--steps", type=int, default=100, help="construction steps")
-    parser.add_argument("--epochs", type=int, default=60, help="passes of adaptation")
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these")
+    parser.add_argument("--sources", nargs="+", help="merge these fine-tunes only")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="more options of the FDA rows")
     options = parser.parse_args()
 
-    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModel
     from transformers.utils import logging
 
-    import hf_fda
-
     logging.disable_progress_bar()
-    names = sorted(path.name for path in options.checkpoints.iterdir() if path.is_dir() and path.name != "base")
-    tokenizer = AutoTokenizer.from_pretrained(options.checkpoints / "base")
-    data = {name: read_rows(options.tasks, name, options.split, options.limit) for name in names}
-    print(f"{options.split} rows: " + ", ".join(f"{name} {len(rows)}" for name, rows in data.items()))
-    header = ["merge", *names, "average", "seconds", "peak MB"]
+    rows = Rows(options.checkpoints, options.tasks, options.split, options.limit, options.sources)
+    print(f"{options.split} rows: " + ", ".join(f"{name} {len(labels)}" for name, labels in rows.labels.items()))
+    header = ["merge", *rows.names, "average", "divergence", "seconds", "peak MB"]
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)
 
-    def show(label: str, runs: list[list[float]], seconds: str = "", memory: str = "") -> None:
-        means = [statistics.mean(column) for column in zip(*runs, strict=True)]
-        averages = [statistics.mean(run) for run in runs]
-        spread = f" ± {statistics.stdev(averages):.3f}" if len(runs) > 1 else ""
-        cells = [f"{value:.3f}" for value in means] + [
-            f"{statistics.mean(averages):.3f}{spread}",
-            seconds,
-            memory,
-        ]
-        print("| " + " | ".join([label, *cells]) + " |", flush=True)
+    def show(label: str, runs: list[dict[str, Score]], seconds: str = "", memory: str = "") -> None:
+        cells = [f"{statistics.mean(run[name].accuracy for run in runs):.3f}" for name in rows.names]
+        averages = [average(run) for run in runs]
+        cells += [spread([own.accuracy for own in averages]), spread([own.divergence for own in averages])]
+        print("| " + " | ".join([label, *cells, seconds, memory]) + " |", flush=True)
 
-    individual, untouched = [], []
+    individual, untouched = {}, {}
     base = AutoModel.from_pretrained(options.checkpoints / "base")
-    for name in names:
-        model = AutoModelForSequenceClassification.from_pretrained(options.checkpoints / name)
-        individual.append(accuracy(model, tokenizer, data[name]))
+    for name in rows.names:
+        model = rows.fine_tune(name)
+        individual[name] = rows.score(model, name)
         model.bert.embeddings, model.bert.encoder = base.embeddings, base.encoder
-        untouched.append(accuracy(model, tokenizer, data[name]))
+        untouched[name] = rows.score(model, name)
     show("individual fine-tunes", [individual])
     show("base encoder, own heads", [untouched])
 
-    fda = {"steps": options.steps, "patience": None, "epochs": options.epochs}
-    fda.update(item.split("=", 1) for item in options.set)
-    for label, arguments in table_rows(fda).items():
+    settings = dict(item.split("=", 1) for item in options.set)
+    for label, arguments in table_rows(settings).items():
         if options.only and not any(part in label for part in options.only):
             continue
         runs, seconds, peaks = [], [], []
         for seed in options.seeds if arguments["method"] == "fda" else [0]:
-            figures, scores = run_row(options, names, label, arguments, seed)
-            merged = hf_fda.Merged(options.work / slug(label, seed))
-            runs.append([accuracy(merged.load(task=name), tokenizer, data[name]) for name in names])
+            figures, peak = run_row(options, rows.names, label, arguments, seed)
+            runs.append(rows.score_merged(options.work / slug(label, seed)))
             seconds.append(figures)
-            peaks.append(scores)
+            peaks.append(peak)
         shown = " + ".join(f"{statistics.mean(column):.1f}" for column in zip(*seconds, strict=True))
         show(label, runs, shown, f"{max(peaks) / 1e6:.0f}")
 
@@ -184,7 +150,7 @@ def run_row(
     if arguments["method"] != "fda":
         seconds, peak = in_process(merge_row, options.checkpoints, names, output, arguments)
         return [seconds], peak
-    shared = options.work / slug(f"anchors {arguments['initialization']}", seed)
+    shared = options.work / slug("anchors", seed)
     figures = shared / "seconds.json"
     if not figures.is_file():
         only = {**arguments, "initial": "base", "epochs": 0, "seed": seed}

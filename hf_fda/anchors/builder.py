@@ -76,6 +76,7 @@ class AnchorBuilder:
                 learning_rate=config.learning_rate,
                 kind=config.distance,
                 patience=config.patience,
+                optimizer=config.optimizer,
                 report=report,
             )
         except RunError as error:

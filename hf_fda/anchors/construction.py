@@ -18,11 +18,11 @@ from hf_fda.anchors.gradients import (
     matched_parameters,
     task_vectors,
 )
-from hf_fda.anchors.orthogonal import Optimizer, Stepper, make_stepper
+from hf_fda.anchors.orthogonal import Stepper, make_stepper
 from hf_fda.anchors.outputs import Matcher
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
-from hf_fda.merge_methods.fda import Distance
+from hf_fda.merge_methods.fda import Distance, Optimizer
 
 __all__ = [
     "UnitAnchors",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Optimizer = Literal["adamw", "muon"]
+from hf_fda.merge_methods.fda import Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that moves all singular values towards one (Muon, Jordan 2024)."""

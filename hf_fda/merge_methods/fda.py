@@ -14,6 +14,7 @@ from hf_fda.merge_methods.registry import method_class, register_config
 Family = Literal["vision", "encoder", "decoder"]
 Distance = Literal["cosine", "mse", "mae"]
 AdaptationDistance = Literal["shift", "cosine", "mse", "mae"]
+Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear"]
 Parametrization = Literal["coefficients", "parameters"]
 
@@ -22,6 +23,7 @@ CONSTRUCTION_FIELDS = (
     "num_anchors",
     "num_tokens",
     "steps",
+    "optimizer",
     "learning_rate",
     "distance",
     "position_embeddings",
@@ -63,13 +65,16 @@ class FDAConfig(MethodConfig):
     num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
     num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
     steps: int | None = option(None, "construction steps at most; by kind of model", minimum=0)
-    learning_rate: float = option(1e-2, "AdamW step size of construction", minimum=0)
+    optimizer: Optimizer = option(
+        "muon", "of construction: momentum made orthogonal, its step size falling to zero; or adamw, as published"
+    )
+    learning_rate: float = option(1e-2, "step size of construction", minimum=0)
     distance: Distance = option("cosine", "distance of a block's outputs in construction")
     position_embeddings: bool | None = option(
         None, "add the source's position embeddings to the anchors; by kind of model"
     )
     patience: int | None = option(
-        40, "stop constructing when the loss has not fallen by 1 % in so many steps; none: never", minimum=1
+        40, "adamw stops constructing when the loss has not fallen by 1 % in so many steps; none: never", minimum=1
     )
     epochs: int | None = option(None, "passes of adaptation over all anchors; by parametrization", minimum=0)
     adaptation_learning_rate: float | None = option(None, "Adam step size of adaptation; by parametrization", minimum=0)
@@ -142,7 +147,7 @@ class FDAConfig(MethodConfig):
             "unit": ("mlp",) if family == "decoder" else ("block",),
             "num_anchors": 8192 if family == "decoder" else 64,
             "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
-            "steps": 200 if family == "decoder" else 100,
+            "steps": 75,
             "position_embeddings": family == "encoder",
             # A head of a task's own reads what that task wrote; one output layer for all reads everything alike.
             "adaptation_distance": "mse" if family == "decoder" else "shift",

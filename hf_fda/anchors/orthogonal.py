@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from hf_fda.anchors.precision import matmul_precision
+
 Optimizer = Literal["adamw", "muon"]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -17,7 +19,7 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     """U V^T of a matrix U S V^T, roughly: every singular value that is not tiny lands near one.
 
     The iteration works on the smaller Gram matrix, so it costs two products of the size of the matrix and some of the
-    smaller side cubed.
+    smaller side cubed. Squared singular values need all digits, so it is in full precision whatever is set.
 
     Args:
         matrix: (N, d).
@@ -26,6 +28,12 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     Returns:
         (N, d), scaled to a root mean square of one.
     """
+    with matmul_precision("highest"):
+        result = _newton_schulz(matrix, iterations)
+    return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
     wide = matrix.shape[0] < matrix.shape[1]
     scaled = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
     gram = scaled @ scaled.T if wide else scaled.T @ scaled
@@ -38,8 +46,7 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
         product = factor if product is None else product @ factor
         gram = factor @ gram @ factor
     assert product is not None
-    result = product @ scaled if wide else scaled @ product
-    return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+    return product @ scaled if wide else scaled @ product
 
 
 class Stepper(Protocol):

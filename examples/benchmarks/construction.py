@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -124,6 +126,8 @@ def peak(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed and kept would hide what is taken now
     before = resident("VmRSS")
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")

@@ -39,12 +39,13 @@ def _newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
     gram = scaled @ scaled.T if wide else scaled.T @ scaled
     a, b, c = NEWTON_SCHULZ
     product: Tensor | None = None
-    for _ in range(iterations):
+    for number in range(iterations):
         square = gram @ gram
         factor = (b * gram).add_(square, alpha=c)
         factor.diagonal().add_(a)
         product = factor if product is None else product @ factor
-        gram = factor @ gram @ factor
+        if number + 1 < iterations:
+            gram = factor @ gram @ factor
     assert product is not None
     return product @ scaled if wide else scaled @ product
 

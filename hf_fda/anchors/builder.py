@@ -77,6 +77,7 @@ class AnchorBuilder:
                 kind=config.distance,
                 patience=config.patience,
                 optimizer=config.optimizer,
+                precision=config.precision,
                 report=report,
             )
         except RunError as error:

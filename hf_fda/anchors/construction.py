@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,10 @@ from hf_fda.anchors.gradients import (
 )
 from hf_fda.anchors.orthogonal import Stepper, make_stepper
 from hf_fda.anchors.outputs import Matcher
+from hf_fda.anchors.precision import matmul_precision
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
-from hf_fda.merge_methods.fda import Distance, Optimizer
+from hf_fda.merge_methods.fda import Distance, Optimizer, Precision
 
 __all__ = [
     "UnitAnchors",
@@ -36,8 +35,6 @@ __all__ = [
 
 CHECK_EVERY = 10
 """Steps between looks at the loss: each look makes the device wait."""
-
-Precision = Literal["highest", "high", "medium"]
 
 
 @dataclass(frozen=True)
@@ -149,17 +146,6 @@ def _descend(
                 return best_x, done
         stepper.step()
     return best_x, steps
-
-
-@contextmanager
-def matmul_precision(precision: Precision | None) -> Iterator[None]:
-    """Inside, float32 matrix products of this precision; None changes nothing."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision or before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def stalled(history: list[float], window: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_fda.anchors.precision import matmul_precision
 from hf_fda.merge_methods.fda import Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -17,7 +18,7 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     """U V^T of a matrix U S V^T, roughly: every singular value that is not tiny lands near one.
 
     The iteration works on the smaller Gram matrix, so it costs two products of the size of the matrix and some of the
-    smaller side cubed.
+    smaller side cubed. Squared singular values need all digits, so it is in full precision whatever is set.
 
     Args:
         matrix: (N, d).
@@ -26,20 +27,26 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     Returns:
         (N, d), scaled to a root mean square of one.
     """
+    with matmul_precision("highest"):
+        result = _newton_schulz(matrix, iterations)
+    return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
     wide = matrix.shape[0] < matrix.shape[1]
     scaled = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
     gram = scaled @ scaled.T if wide else scaled.T @ scaled
     a, b, c = NEWTON_SCHULZ
     product: Tensor | None = None
-    for _ in range(iterations):
+    for number in range(iterations):
         square = gram @ gram
         factor = (b * gram).add_(square, alpha=c)
         factor.diagonal().add_(a)
         product = factor if product is None else product @ factor
-        gram = factor @ gram @ factor
+        if number + 1 < iterations:
+            gram = factor @ gram @ factor
     assert product is not None
-    result = product @ scaled if wide else scaled @ product
-    return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+    return product @ scaled if wide else scaled @ product
 
 
 class Stepper(Protocol):

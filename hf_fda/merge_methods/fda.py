@@ -15,6 +15,7 @@ Family = Literal["vision", "encoder", "decoder"]
 Distance = Literal["cosine", "mse", "mae"]
 AdaptationDistance = Literal["shift", "cosine", "mse", "mae"]
 Optimizer = Literal["adamw", "muon"]
+Precision = Literal["highest", "high", "medium"]
 Schedule = Literal["constant", "linear"]
 Parametrization = Literal["coefficients", "parameters"]
 
@@ -25,6 +26,7 @@ CONSTRUCTION_FIELDS = (
     "steps",
     "optimizer",
     "learning_rate",
+    "precision",
     "distance",
     "position_embeddings",
     "patience",
@@ -69,6 +71,10 @@ class FDAConfig(MethodConfig):
         "muon", "of construction: momentum made orthogonal, its step size falling to zero; or adamw, as published"
     )
     learning_rate: float = option(1e-2, "step size of construction", minimum=0)
+    precision: Precision = option(
+        "medium",
+        "of float32 products while anchors move: medium is bfloat16 where there is such, high TF32, highest all",
+    )
     distance: Distance = option("cosine", "distance of a block's outputs in construction")
     position_embeddings: bool | None = option(
         None, "add the source's position embeddings to the anchors; by kind of model"

@@ -40,7 +40,8 @@ def adapted_unit(
         RunError: naming the unit, when the loss becomes infinite or not a number.
     """
     config = plan.config
-    assert isinstance(config, FDAConfig) and config.epochs is not None and config.adaptation_learning_rate is not None
+    assert isinstance(config, FDAConfig) and config.epochs is not None and config.batch_size is not None
+    assert config.adaptation_learning_rate is not None
     module, call = builder.load(plan.inputs.base.read, unit), builder.capture.calls[unit.name]
     moved = [anchors for anchors in found if anchors.cosines]
     objective = _objective(config, module, call, moved, plan.device) if moved else None

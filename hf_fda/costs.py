@@ -109,7 +109,7 @@ def adaptation(base: Checkpoint, config: FDAConfig, unit: Unit, sources: int) ->
     """
     initial = config.initial if not isinstance(config.initial, (str, type(None))) else None
     anchors, epochs = (config.num_anchors or 0) * sources, config.epochs or 0
-    tokens, steps = anchors * tokens_of(base, config), epochs * ceil(anchors / config.batch_size)
+    tokens, steps = anchors * tokens_of(base, config), epochs * ceil(anchors / (config.batch_size or 128))
     parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
     activations = 4 * tokens * outputs(base, unit.tensors)
     read = 2 + (sources if config.parametrization == "coefficients" or initial is not None else 0)

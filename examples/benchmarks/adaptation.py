@@ -4,8 +4,9 @@
 
 The plain form keeps K coefficient tensors for each parameter in torch.optim.Adam, sums ``theta_0 + sum alpha_k tau_k``
 before each step and hands it the gradients ``tau_k g``. `CoefficientAdam` keeps one pair of moments and the sum of the
-task vectors' magnitudes. Both take steps in
-turn from the same gradients; then whole steps, with the block's forward and backward pass, are timed in turn.
+task vectors' magnitudes. Both take steps in turn from the same gradients; then whole steps, with the block's forward
+and backward pass, are timed in turn. Theta differs where a coefficient's gradient is as small as Adam's epsilon, which
+the plain form adds to it and `CoefficientAdam` to the gradient of theta.
 """
 
 from __future__ import annotations

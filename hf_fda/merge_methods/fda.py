@@ -100,7 +100,9 @@ class FDAConfig(MethodConfig):
         "what adaptation steps on: elementwise coefficients of the sources' task vectors, or parameters; "
         "none: coefficients, or parameters where a source is anchors only",
     )
-    batch_size: int = option(128, "anchors per adaptation step", minimum=1)
+    batch_size: int | None = option(
+        None, "anchors per adaptation step; none: 128, or a quarter of num_anchors where that is more", minimum=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,6 +166,7 @@ class FDAConfig(MethodConfig):
         else:
             chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else COEFFICIENT_EPOCHS
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
+        chosen["batch_size"] = max(128, (self.num_anchors or chosen["num_anchors"]) // 4)
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 

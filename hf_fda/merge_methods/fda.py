@@ -155,7 +155,7 @@ class FDAConfig(MethodConfig):
             "unit": ("mlp",) if family == "decoder" else ("block",),
             "num_anchors": 8192 if family == "decoder" else 64,
             "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
-            "steps": 75,
+            "steps": 40,
             "position_embeddings": family == "encoder",
             # A head of a task's own reads what that task wrote; one output layer for all reads everything alike.
             "adaptation_distance": "mse" if family == "decoder" else "shift",

@@ -130,7 +130,8 @@ def test_the_method_may_be_a_config_object(library: Library, tmp_path: Path) -> 
     base, sources = library("bert")
     config = hf_fda.FDAConfig(**FAST, initial="task_arithmetic", rest="linear")
     by_object = hf_fda.merge(base, sources, config, tmp_path / "object", device="cpu", quiet=True)
-    by_name = merge(base, sources, "fda", tmp_path / "name", initial="task_arithmetic", rest="linear")
+    options = {"initial": "task_arithmetic", "rest": "linear", "parametrization": None}
+    by_name = merge(base, sources, "fda", tmp_path / "name", **options)
     assert files(by_object.folder) == files(by_name.folder)
 
 

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the FDA rows")
-    parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name begins with one of these")
     parser.add_argument("--sources", nargs="+", help="merge these fine-tunes only")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="more options of the FDA rows")
     options = parser.parse_args()
@@ -123,7 +123,7 @@ def main() -> None:
 
     settings = dict(item.split("=", 1) for item in options.set)
     for label, arguments in table_rows(settings).items():
-        if options.only and not any(part in label for part in options.only):
+        if options.only and not any(label.startswith(part) for part in options.only):
             continue
         runs, seconds, peaks = [], [], []
         for seed in options.seeds if arguments["method"] == "fda" else [0]:

@@ -59,7 +59,7 @@ class AnchorBuilder:
         """
         config, call = self.config, self.capture.calls[unit.name]
         n, tokens, size = config.num_anchors, call.tokens, call.size
-        assert n is not None and tokens is not None and size is not None and config.steps is not None
+        assert n is not None and tokens is not None and size is not None
         base, tuned = self.load(self.base.read, unit), self.load(source.read, unit)
         generator = unit_generator(self.seed, "anchors", unit.name)
         weights = linear_weights(self.base.layout, unit, tuned)

@@ -20,17 +20,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 and over a grid with worse values on both sides, so that fda is compared with each at its best. A method that is not
 listed runs with its defaults."""
 
-REST: dict[str, Any] = {"method": "task_arithmetic", "scaling": 0.5}
-"""What lies before the blocks in the fda merges."""
-
 STARTS: list[dict[str, Any]] = [
-    {"initial": "tsv", "scaling": 1.75, "adaptation_learning_rate": 1e-2},
-    {"initial": "isotropic", "scaling": 3.0, "adaptation_learning_rate": 1e-2},
-    {"initial": "task_arithmetic", "scaling": 0.5, "adaptation_learning_rate": 3e-2},
-    {"initial": "base", "adaptation_learning_rate": 1e-3},
+    {"initial": "isotropic", "scaling": 3.0},
+    {"initial": "tsv", "scaling": 1.75},
+    {"initial": "wudi", "solver": "closed_form", "scaling": 1.4},
+    {"initial": "task_arithmetic", "scaling": 0.45},
+    {"initial": "base"},
 ]
-"""Where fda starts from; step sizes and scalings chosen on validation rows too. The first constructs the anchors, the
-others reuse them."""
+"""Where fda starts from: its own default, then the others at their best scalings; all else are its defaults. The first
+constructs the anchors, the others reuse them."""
 
 
 @dataclass(frozen=True)
@@ -56,5 +54,7 @@ def merges(settings: Settings) -> Iterator[Merge]:
             for options in variants:
                 yield Merge(f"{name} {options['solver']}" if "solver" in options else name, name, options)
     for start in STARTS:
-        options = {**start, "rest": REST, "steps": settings.steps, "num_anchors": settings.num_anchors}
-        yield Merge(f"fda from {start['initial']}", "fda", {**options, "epochs": settings.epochs})
+        options = {**start, "steps": settings.steps, "num_anchors": settings.num_anchors}
+        if settings.epochs is not None:
+            options["epochs"] = settings.epochs
+        yield Merge(f"fda from {start['initial']}", "fda", options)

@@ -66,7 +66,7 @@ class FDAConfig(MethodConfig):
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
     num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
     num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
-    steps: int | None = option(None, "construction steps at most; by kind of model", minimum=0)
+    steps: int = option(40, "construction steps", minimum=0)
     optimizer: Optimizer = option(
         "muon", "of construction: momentum made orthogonal, its step size falling to zero; or adamw, as published"
     )
@@ -155,7 +155,6 @@ class FDAConfig(MethodConfig):
             "unit": ("mlp",) if family == "decoder" else ("block",),
             "num_anchors": 8192 if family == "decoder" else 64,
             "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
-            "steps": 40,
             "position_embeddings": family == "encoder",
             # A head of a task's own reads what that task wrote; one output layer for all reads everything alike.
             "adaptation_distance": "mse" if family == "decoder" else "shift",

@@ -86,7 +86,8 @@ class MethodInfo:
         lines = [self.name, f"  {self.summary}", f"  {self.paper}", "  options:"]
         width = max(len(option.name) for option in self.options)
         for option in self.options:
-            default = "by kind of model" if option.default is None and "by kind" in option.help else option.default
+            last = option.help.rpartition("; ")[2]
+            default = last if option.default is None and last.startswith("by ") else option.default
             lines.append(f"    {option.name:<{width}}  {option.help} ({option.type}; default {default})")
         return "\n".join(lines)
 

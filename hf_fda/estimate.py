@@ -18,8 +18,8 @@ def peak_memory_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages."""
     stages = [_tensor_stage(inputs, result)]
     if isinstance(config, FDAConfig) and units:
-        stages.append(max(_construction(inputs, config, unit) for unit in units))
-        stages.append(max(_adaptation(inputs, config, unit) for unit in units))
+        stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
+        stages.append(max(adaptation_bytes(inputs, config, unit) for unit in units))
     return max(stages)
 
 
@@ -36,13 +36,13 @@ def _tensor_stage(inputs: Inputs, result: Output) -> int:
     return need
 
 
-def _construction(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
+def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     """Base, source and task vector in float32; gradients and their graph; the float64 look at a few anchors."""
     entries = _entries(inputs, unit.tensors)
     return entries * 4 * 14 + _activations(inputs, config, unit) * 4 * 8
 
 
-def _adaptation(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
+def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     """Parameters, gradients, two moments, the step and its scale; the tensor that is read from all sources; anchors."""
     largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
     anchors = len(inputs.sources) * (config.num_anchors or 0) * (config.num_tokens or 1) * width(inputs.base) * 2

@@ -30,11 +30,13 @@ LAMBDA = 0.3
 
 
 class PlainAdam:
-    """torch.optim.Adam on K coefficients of every entry; changes `parameters` in place."""
+    """torch.optim.Adam on K coefficients of every entry, all `initial` at first; changes `parameters` in place."""
 
-    def __init__(self, parameters: list[Tensor], base: list[Tensor], tasks: list[list[Tensor]]) -> None:
+    def __init__(
+        self, parameters: list[Tensor], base: list[Tensor], tasks: list[list[Tensor]], initial: float = LAMBDA
+    ) -> None:
         self.parameters, self.base, self.tasks = parameters, base, tasks
-        self.alphas = [[torch.full_like(task, LAMBDA).requires_grad_(True) for task in own] for own in tasks]
+        self.alphas = [[torch.full_like(task, initial).requires_grad_(True) for task in own] for own in tasks]
         self.optimizer = torch.optim.Adam([alpha for own in self.alphas for alpha in own], lr=LEARNING_RATE)
 
     @torch.no_grad()

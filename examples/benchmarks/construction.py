@@ -72,8 +72,10 @@ def load_block(options: argparse.Namespace, tokens: int, device: torch.device) -
     return first, second, call, linear_weights(base.layout, unit, second)
 
 
-def plain_loop(base: nn.Module, source: nn.Module, call: UnitCall, start: Tensor) -> Iterator[Tensor]:
-    """The published loop, one step each time: the anchors before it."""
+def plain_loop(
+    base: nn.Module, source: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], start: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The published loop, one step each time: the anchors before it, and their summed loss (a scalar)."""
     base, source = (copy.deepcopy(module).requires_grad_(True) for module in (base, source))
     own = dict(source.named_parameters())
     parameters = dict(base.named_parameters())
@@ -92,7 +94,7 @@ def plain_loop(base: nn.Module, source: nn.Module, call: UnitCall, start: Tensor
         loss = torch.stack([1 - cosine(gradient.flatten(), task.flatten(), dim=0) for gradient, task in pairs]).sum()
         loss.backward()
         optimizer.step()
-        yield before
+        yield before, loss.detach()
 
 
 def package_loop(block: Block, used: dict[str, Tensor], start: Tensor, precision: Any, kind: Any) -> Iterator[None]:
@@ -175,7 +177,7 @@ def reach(
             next(plain)
 
     spent = seconds(advance, device)
-    target = float(1 - gradient_cosines(base, source, call, next(plain), used, "cosine").mean())
+    target = float(1 - gradient_cosines(base, source, call, next(plain)[0], used, "cosine").mean())
     for precision in options.precisions:
         for steps in options.own_steps:
             made: list[Any] = []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # blocks of width 32, 256 and 768 with 8 to 1,280 tokens on one x86 core: most predictions came within a quarter, those
 # of very few steps on a wide block, which preparing them dominates, at half.
 
-STEP_PRODUCTS = 10
+STEP_PRODUCTS = 9
 """Products of all tokens with a weight in one construction step: the forward passes of base and source, the base's
 output and parameter gradients, and the second pass through all of these with respect to the anchors."""
 
@@ -41,7 +41,7 @@ source. Measured on one CPU core with 2 and 4 sources of 384 to 1,536 rows."""
 OTHER_PRODUCTS = (0, 50)
 """The same for a matrix method that is not in the table: a decomposition for each source."""
 
-STEP_ACTIVATION_PASSES = 370
+STEP_ACTIVATION_PASSES = 200
 """Times a construction step reads or writes the outputs of the linear layers."""
 
 ADAPTATION_ACTIVATION_PASSES = 75

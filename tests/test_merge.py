@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_the_method_may_be_a_config_object(library: Library, tmp_path: Path) -> 
     options = {"initial": "task_arithmetic", "rest": "linear", "parametrization": None}
     by_name = merge(base, sources, "fda", tmp_path / "name", **options)
     assert files(by_object.folder) == files(by_name.folder)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama"])
+def test_the_defaults_bring_each_block_nearer_to_every_source(
+    family: str, library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From where adaptation starts; anchors are few here, passes too."""
+    base, sources = library(family)
+    small = {"num_anchors": 8, "steps": 10, "epochs": 10}
+    caplog.set_level("DEBUG", logger="hf_fda")
+    merged = hf_fda.merge(base, sources, output=tmp_path / "merged", device="cpu", quiet=True, **small)
+    assert_good(family, merged.folder)
+    found = [re.search(r"distance (\S+) before, (\S+) after", record.getMessage()) for record in caplog.records]
+    distances = [(float(one[1]), float(one[2])) for one in found if one]
+    assert len(distances) == 2
+    assert all(after < before for before, after in distances)
 
 
 # -- properties --------------------------------------------------------------------------------------------------------

@@ -64,17 +64,17 @@ def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, te
         RunError: when a piece fails in this process.
         PeerError: when another process failed.
     """
-    todo = [piece for piece, done in zip(pieces, finished, strict=True) if not done]
-    for _ in range(len(pieces) - len(todo)):
+    unfinished = [piece for piece, done in zip(pieces, finished, strict=True) if not done]
+    for _ in range(len(pieces) - len(unfinished)):
         progress.finish("what an earlier run finished")
-    owners = assign([piece.cost for piece in todo], team.count)
-    for piece, owner in zip(todo, owners, strict=True):
+    owners = assign([piece.cost for piece in unfinished], team.count)
+    for piece, owner in zip(unfinished, owners, strict=True):
         if owner == team.rank:
             progress.now(piece.label)
             store.write(piece.file, piece.key, piece.make())
             release_memory()
             progress.finish(piece.label)
-    others = [piece for piece, owner in zip(todo, owners, strict=True) if owner != team.rank]
+    others = [piece for piece, owner in zip(unfinished, owners, strict=True) if owner != team.rank]
     if others:
         progress.now("waiting for the other processes")
     team.wait()

@@ -43,13 +43,13 @@ def adapted_unit(
     assert isinstance(config, FDAConfig) and config.epochs is not None and config.batch_size is not None
     assert config.adaptation_learning_rate is not None
     module, call = builder.load(plan.inputs.base.read, unit), builder.capture.calls[unit.name]
-    moved = [anchors for anchors in found if anchors.cosines]
-    objective = _objective(config, module, call, moved, plan.device) if moved else None
-    scales = move_to_start(config, module, unit, vectors)
-    if objective is None:  # no source moves it: steps would only follow rounding noise
+    moved = [anchors for anchors in found if anchors.moves]
+    if not moved:  # steps would only follow rounding noise
+        move_to_start(config, module, unit, vectors)
         return {f"{unit.name}.{path}": value.detach().cpu() for path, value in module.named_parameters()}
-    matched = {path for anchors in moved for path in anchors.cosines}
     try:
+        objective = _objective(config, module, call, moved, plan.device)
+        scales = move_to_start(config, module, unit, vectors)
         adapted = adapt_unit(
             module,
             call,
@@ -60,7 +60,7 @@ def adapted_unit(
             schedule=config.adaptation_schedule,
             batch_size=config.batch_size,
             generator=unit_generator(plan.seed, "batches", unit.name),
-            frozen=frozenset(path for path, _ in module.named_parameters() if path not in matched),
+            frozen=frozenset.intersection(*(frozenset(anchors.left_out) for anchors in moved)),
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
         )
     except RunError as error:

@@ -171,7 +171,7 @@ class Engine:
             found = source.anchors[unit.name]
         else:
             found = read_unit(self.plan.output / "anchors" / source.name / unit_file(unit.name))
-        self.vectors.note_move(source.name, lambda: bool(found.cosines))
+        self.vectors.note_move(source.name, lambda: found.moves)
         return found
 
     # -- adaptation ------------------------------------------------------------------------------------------------

@@ -43,9 +43,12 @@ def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
 
 
 def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
-    """Parameters, gradients, two moments, the step and its scale; the tensor that is read from all sources; anchors."""
+    """Parameters, gradients, two moments, the step and its scale; the tensor that is read from all sources; anchors,
+    targets and metrics."""
     largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
-    anchors = len(inputs.sources) * (config.num_anchors or 0) * (config.num_tokens or 1) * width(inputs.base) * 2
+    size, tokens = width(inputs.base), (config.num_anchors or 0) * tokens_of(inputs.base, config)
+    metric = size * size if config.adaptation_distance == "shift" else 0
+    anchors = len(inputs.sources) * (tokens * size * 2 + metric)
     return (_entries(inputs, unit.tensors) * 8 + largest + anchors) * 4
 
 
@@ -53,7 +56,7 @@ def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     """Entries of all linear outputs of a unit for all its anchors."""
     shapes = inputs.base.layout.shapes
     outputs = sum(shapes[name][0] for name in unit.tensors if len(shapes[name]) == 2)
-    return (config.num_anchors or 0) * (tokens_of(inputs.base, config)) * outputs
+    return (config.num_anchors or 0) * tokens_of(inputs.base, config) * outputs
 
 
 def _entries(inputs: Inputs, names: Iterable[str]) -> int:

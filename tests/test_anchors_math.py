@@ -387,14 +387,15 @@ def test_a_huge_learning_rate_stops_adaptation_with_a_way_out(tasks: bool) -> No
         adapt(base, call, [x], [call(source, x)], [task_vectors(base, source)] if tasks else None, learning_rate=1e30)
 
 
+@pytest.mark.parametrize("kind", ["mse", "shift"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_targets_that_are_not_finite_stop_adaptation(bad: float) -> None:
+def test_targets_that_are_not_finite_stop_adaptation(bad: float, kind: str) -> None:
     base, source, call = network_pair()
     x = draw(4, 3, 6)
     targets = call(source, x)
     targets[0, 0, 0] = bad
-    with pytest.raises(RunError):
-        adapt(base, call, [x], [targets], None, kind="mse", epochs=3)
+    with pytest.raises(RunError, match="not finite"):
+        adapt(base, call, [x], [targets], None, kind=kind, epochs=3)
 
 
 # -- Adam on coefficients ----------------------------------------------------------------------------------------------

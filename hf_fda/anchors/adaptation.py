@@ -98,6 +98,9 @@ class Objective:
         targets: for each source (n_i, T, d').
         shifts: for each source the shift of its outputs (n_i, T, d'); used by "shift" alone.
         power: of the metric of "shift".
+
+    Raises:
+        RunError: when anchors or targets are not finite.
     """
 
     def __init__(
@@ -110,6 +113,8 @@ class Objective:
     ) -> None:
         self.kind: AdaptationDistance = kind
         self.anchors, self.targets = torch.cat(list(anchors)), torch.cat(list(targets))
+        if not bool(self.anchors.isfinite().all()) or not bool(self.targets.isfinite().all()):
+            raise RunError("anchors or targets are not finite; construct or fetch them again")
         self.source = torch.repeat_interleave(torch.tensor([len(own) for own in anchors]))
         if kind == "shift":
             assert shifts is not None
@@ -151,10 +156,10 @@ class Objective:
         """The distance per anchor (per entry, for "mse" and "mae") of a unit's outputs from all targets."""
         batches = self.batches(torch.arange(len(self)), batch_size)
         summed = torch.stack([self.loss(call(self.anchors[batch.rows]), batch) for batch in batches]).sum()
-        return float(summed) / self.units
+        return float(summed) / self.divisor
 
     @property
-    def units(self) -> int:
+    def divisor(self) -> int:
         """What the summed distance is divided by for its mean."""
         return self.targets.numel() if self.kind in ("mse", "mae") else len(self)
 
@@ -212,7 +217,7 @@ def adapt_unit(
             stepper.step(torch.autograd.grad(loss, parameters, materialize_grads=True), rate)
             summed += loss.detach()
         if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
-            current = float(summed) / objective.units
+            current = float(summed) / objective.divisor
             if not math.isfinite(current):
                 raise RunError(f"the adaptation loss is {current} at epoch {epoch}; try a smaller step size")
             report(epoch + 1, current)

@@ -53,6 +53,11 @@ class UnitAnchors:
     cosines: dict[str, float]
     left_out: tuple[str, ...] = ()
 
+    @property
+    def moves(self) -> bool:
+        """Whether the source moves the unit; a file that says nothing about its construction counts as if it did."""
+        return bool(self.cosines) or math.isnan(self.loss)
+
 
 def construct_unit(
     base: nn.Module,

@@ -100,10 +100,9 @@ def construct_unit(
     """
     shift = torch.zeros_like(start[0]) if offset is None else offset
     tasks = task_vectors(base, source)
-    used = matched_parameters(base, source, tasks, call, start + shift, kind)
-    best_x, done = start, 0
+    matcher = make_matcher(base, source, tasks, call, start + shift, kind)
+    used, best_x, done = matcher.tasks, start, 0
     if used and steps:
-        matcher = make_matcher(base, source, used, call, start + shift, kind)
         window = patience if optimizer == "adamw" else None
         x = start.clone().requires_grad_(True)
         stepper = make_stepper(optimizer, x, learning_rate, steps)

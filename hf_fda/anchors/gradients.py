@@ -45,11 +45,7 @@ def gradient_cosines(
         (P,): ``cos(grad_p S, tau_p)``, S minus the distance.
     """
     gradients = induced_gradients(base, source, call, x, list(tasks), kind, create_graph=x.requires_grad)
-    cosines = [
-        torch.nn.functional.cosine_similarity(gradient.flatten(), task.flatten(), dim=0, eps=1e-30)
-        for gradient, task in zip(gradients, tasks.values(), strict=True)
-    ]
-    return torch.stack(cosines)
+    return torch.stack([_cosine(gradient, task) for gradient, task in zip(gradients, tasks.values(), strict=True)])
 
 
 def induced_gradients(
@@ -82,40 +78,49 @@ def matched_parameters(
     Raises:
         RunError: naming the parameters, when a gradient is not finite.
     """
-    names = [name for name, task in tasks.items() if bool(task.any())]
-    if not names:
-        return {}
-    (first, second), double_call, sample = _in_double(base, source, call, x)
-    gradients = induced_gradients(first, second, double_call, sample, names, kind)
-    sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in zip(names, gradients, strict=True)}
-    broken = [name for name, size in sizes.items() if not math.isfinite(size)]
-    if broken:
-        raise RunError(f"the gradient of {few(broken)} is not finite; check the weights for infinities or NaN")
-    floor = NO_GRADIENT * max(sizes.values())
-    return {name: tasks[name] for name in names if sizes[name] > floor}
+    return make_matcher(base, source, tasks, call, x, kind).tasks
 
 
 def make_matcher(
     base: nn.Module, source: nn.Module, tasks: Mapping[str, Tensor], call: UnitCall, x: Tensor, kind: Distance
 ) -> Matcher:
-    """The cosines of all matched parameters as a function of X, from output gradients wherever those are the whole
-    story: a weight that is also used otherwise than by its own linear layer is left to autograd.
+    """The cosines of all parameters that can be matched (`matched_parameters`) as a function of X, from output
+    gradients wherever those are the whole story: a weight that is also used otherwise than by its own linear layer is
+    left to autograd. Both are found by one look at a few anchors in float64.
 
     Args:
         base: the base's unit.
         source: the source's unit.
-        tasks: the task vectors to match, as `matched_parameters` gives them.
+        tasks: all task vectors by parameter name.
         call: how to call both.
         x: (n, T, d); a few of them are tried.
         kind: distance of the outputs.
+
+    Raises:
+        RunError: naming the parameters, when a gradient is not finite.
     """
+    names = [name for name, task in tasks.items() if bool(task.any())]
+    if not names:
+        return Matcher(base, source, call, {}, kind)
     (first, second), double_call, sample = _in_double(base, source, call, x)
-    double_tasks = {name: task.to(sample) for name, task in tasks.items()}
-    plain = gradient_cosines(first, second, double_call, sample, double_tasks, kind)
-    quick = Matcher(first, second, double_call, double_tasks, kind)(sample)
+    gradients = dict(zip(names, induced_gradients(first, second, double_call, sample, names, kind), strict=True))
+    sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in gradients.items()}
+    broken = [name for name, size in sizes.items() if not math.isfinite(size)]
+    if broken:
+        raise RunError(f"the gradient of {few(broken)} is not finite; check the weights for infinities or NaN")
+    floor = NO_GRADIENT * max(sizes.values())
+    used = {name: tasks[name].to(sample) for name in names if sizes[name] > floor}
+    plain = (
+        torch.stack([_cosine(gradients[name], task) for name, task in used.items()]) if used else sample.new_zeros(0)
+    )
+    quick = Matcher(first, second, double_call, used, kind)(sample) if used else plain
     faithful = ((plain - quick).abs() < FAITHFUL).tolist()
-    left = frozenset(name for name, good in zip(tasks, faithful, strict=True) if not good)
-    return Matcher(base, source, call, tasks, kind, plain=left)
+    left = frozenset(name for name, good in zip(used, faithful, strict=True) if not good)
+    return Matcher(base, source, call, {name: tasks[name] for name in used}, kind, plain=left)
+
+
+def _cosine(gradient: Tensor, task: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(gradient.flatten(), task.flatten(), dim=0, eps=1e-30)
 
 
 def _in_double(

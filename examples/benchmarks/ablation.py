@@ -9,7 +9,6 @@ divergence from what the tasks' own fine-tunes answer (nats; it moves less by ch
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import statistics
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import scoring
 from scoring import Rows, average, spread
 
 import hf_fda
@@ -62,12 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Parse, merge, score, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--tasks", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("ablation"), help="where merges go (default ablation/)")
-    parser.add_argument("--limit", type=int, default=400, help="rows a task, from the end of its training rows")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = scoring.parser(__doc__, "ablation", limit=400, seeds=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[], help="variants whose name contains one of these")
     options = parser.parse_args()
     rows = Rows(options.checkpoints, options.tasks, "train", options.limit)

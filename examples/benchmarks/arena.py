@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import scoring
 from scoring import Rows, Score, average, spread
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -84,13 +85,8 @@ def in_process(function: Any, *arguments: Any) -> tuple[float, float]:
 
 def main() -> None:
     """Parse, merge, score, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--tasks", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("arena"), help="where merges go (default arena/)")
+    parser = scoring.parser(__doc__, "arena", limit=1000, seeds=[0])
     parser.add_argument("--split", choices=("train", "test"), default="test")
-    parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the FDA rows")
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name begins with one of these")
     parser.add_argument("--sources", nargs="+", help="merge these fine-tunes only")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="more options of the FDA rows")

@@ -10,13 +10,13 @@ its anchors are used.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import scoring
 from scoring import Rows, average, spread
 
 import hf_fda
@@ -124,12 +124,7 @@ def draw(
 
 def main() -> None:
     """Parse, merge, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--tasks", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("curves"), help="where merges go (default curves/)")
-    parser.add_argument("--limit", type=int, default=1000, help="test rows a task at most")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = scoring.parser(__doc__, "curves", limit=1000, seeds=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("curves.svg"), help="the picture (default curves.svg)")
     options = parser.parse_args()
     rows = Rows(options.checkpoints, options.tasks, "test", options.limit)

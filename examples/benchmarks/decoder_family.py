@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_fda.demo.records import made_from, save
 from hf_fda.version import versions
 
 WORDS: dict[str, tuple[str, ...]] = {
@@ -122,19 +123,19 @@ def make_family(
     origin = {"model": MODEL, "words": WORDS, "seed": seed, "rows": digest, "versions": versions()}
     facts: dict[str, Any] = json.loads(json.dumps({**origin, "base": asdict(BASE)}))
     base = folder / "base"
-    if not _made_from(base, facts):
+    if not made_from(base, facts):
         say("training the base on the texts of all tasks")
         tokenizer = new_tokenizer(list(rows.values()))
         stream = text_stream(tokenizer, list(rows.values()), seed)
-        _save(train(_new_model(seed), stream_batches(stream, seed), BASE), tokenizer, base, facts)
+        save(base, facts, train(_new_model(seed), stream_batches(stream, seed), BASE), tokenizer)
     tokenizer, tuned = open_tokenizer(base), {}
     for task, part in rows.items():
         tuned[task] = folder / task
         own = {**facts, "task": task, "fine_tune": asdict(FINE_TUNE)}
-        if not _made_from(tuned[task], own):
+        if not made_from(tuned[task], own):
             say(f"fine-tuning it to {task}")
             model = train(open_model(base), row_batches(tokenizer, part, seed), FINE_TUNE)
-            _save(model, tokenizer, tuned[task], own)
+            save(tuned[task], own, model, tokenizer)
     return base, tuned
 
 
@@ -277,22 +278,3 @@ def _new_model(seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**MODEL))
-
-
-def _made_from(folder: Path, facts: dict[str, Any]) -> bool:
-    try:
-        return bool(json.loads(_record(folder).read_text(encoding="utf-8")) == facts)
-    except (OSError, ValueError):
-        return False
-
-
-def _save(model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any]) -> None:
-    """Write a model, then its record: an interruption leaves a model without one, which is trained again."""
-    _record(folder).unlink(missing_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _record(folder).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _record(folder: Path) -> Path:
-    return folder.with_suffix(".json")

@@ -96,20 +96,7 @@ def start_of(source: nn.Module, anchors: int, tokens: int, seed: int) -> Tensor:
 
 def construct(base: nn.Module, source: nn.Module, start: Tensor, config: FDAConfig, precision: Any) -> UnitAnchors:
     """The package's construction with a config's settings."""
-    assert config.steps is not None
-    return construct_unit(
-        base,
-        source,
-        CALL,
-        start,
-        None,
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        kind=config.distance,
-        patience=config.patience,
-        optimizer=config.optimizer,
-        precision=precision,
-    )
+    return construct_unit(base, source, CALL, start, None, **config.descent() | {"precision": precision})
 
 
 def plain(base: nn.Module, source: nn.Module, start: Tensor, steps: int, precision: Any) -> tuple[float, float]:

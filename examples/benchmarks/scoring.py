@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -86,6 +87,17 @@ class Rows:
 
         merged = hf_fda.Merged(folder)
         return {name: self.score(merged.load(task=name), name) for name in self.names}
+
+
+def parser(description: str | None, work: str, limit: int, seeds: Sequence[int]) -> argparse.ArgumentParser:
+    """The arguments that these benchmarks have in common, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=Path, required=True, help="folders `base` and one for each task")
+    parser.add_argument("--tasks", type=Path, required=True, help="TASK.train.jsonl and TASK.test.jsonl")
+    parser.add_argument("--work", type=Path, default=Path(work), help=f"where merges go (default {work}/)")
+    parser.add_argument("--limit", type=int, default=limit, help=f"rows a task at most (default {limit})")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="seeds of the FDA merges")
+    return parser
 
 
 def task_names(checkpoints: Path) -> list[str]:

@@ -72,12 +72,7 @@ class AnchorBuilder:
                 call,
                 start.to(self.device),
                 offset,
-                steps=config.steps,
-                learning_rate=config.learning_rate,
-                kind=config.distance,
-                patience=config.patience,
-                optimizer=config.optimizer,
-                precision=config.precision,
+                **config.descent(),
                 report=report,
             )
         except RunError as error:

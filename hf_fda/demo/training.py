@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_fda.demo.records import made_from, save
 from hf_fda.demo.settings import Settings
 from hf_fda.demo.tasks import TASKS, Rows
 from hf_fda.version import versions
@@ -74,16 +74,16 @@ def make_models(
     basic, tuning = base_recipe(settings), fine_tune_recipe(settings)
     origin = {"model": MODEL, "seed": seed, "versions": versions(), "base": basic.__dict__}
     base = folder / "base"
-    if not _made_from(base, origin):
+    if not made_from(base, origin):
         say("training the base on upright digits")
-        _save(train(_new_model(seed), rows, basic, seed), base, origin)
+        save(base, origin, train(_new_model(seed), rows, basic, seed))
     tuned = {}
     for task, disguise in TASKS.items():
         tuned[task] = folder / task
         facts = {**origin, "task": task, "fine_tune": tuning.__dict__}
-        if not _made_from(tuned[task], facts):
+        if not made_from(tuned[task], facts):
             say(f"fine-tuning it to {task} digits")
-            _save(train(open_model(base), rows.seen_as(disguise), tuning, seed), tuned[task], facts)
+            save(tuned[task], facts, train(open_model(base), rows.seen_as(disguise), tuning, seed))
     return base, tuned
 
 
@@ -138,21 +138,3 @@ def _new_model(seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViTForImageClassification(ViTConfig(**MODEL))
-
-
-def _made_from(folder: Path, facts: dict[str, Any]) -> bool:
-    try:
-        return bool(json.loads(_record(folder).read_text(encoding="utf-8")) == facts)
-    except (OSError, ValueError):
-        return False
-
-
-def _save(model: Any, folder: Path, facts: dict[str, Any]) -> None:
-    """Write a model, then its record: an interruption leaves a model without one, which is trained again."""
-    _record(folder).unlink(missing_ok=True)
-    model.save_pretrained(folder)
-    _record(folder).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _record(folder: Path) -> Path:
-    return folder.with_suffix(".json")

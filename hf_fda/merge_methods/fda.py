@@ -186,6 +186,17 @@ class FDAConfig(MethodConfig):
         roles["parametrization"] = self.parametrization or ("coefficients" if all_have_weights else "parameters")
         return dataclasses.replace(self, **roles)
 
+    def descent(self) -> dict[str, Any]:
+        """How anchors are moved: what `construct_unit` takes by keyword."""
+        return {
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "kind": self.distance,
+            "patience": self.patience,
+            "optimizer": self.optimizer,
+            "precision": self.precision,
+        }
+
     def construction(self) -> dict[str, Any]:
         """The options that determine the anchors."""
         return {name: value for name, value in self.options().items() if name in CONSTRUCTION_FIELDS}

@@ -41,7 +41,7 @@ def adapted_unit(
     """
     config = plan.config
     assert isinstance(config, FDAConfig) and config.epochs is not None and config.batch_size is not None
-    assert config.adaptation_learning_rate is not None
+    assert config.adaptation_learning_rate is not None and config.interpolation is not None
     module, call = builder.load(plan.inputs.base.read, unit), builder.capture.calls[unit.name]
     moved = [anchors for anchors in found if anchors.moves]
     if not moved:  # steps would only follow rounding noise
@@ -60,6 +60,7 @@ def adapted_unit(
             schedule=config.adaptation_schedule,
             batch_size=config.batch_size,
             generator=unit_generator(plan.seed, "batches", unit.name),
+            interpolation=config.interpolation,
             frozen=frozenset.intersection(*(frozenset(anchors.left_out) for anchors in moved)),
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
         )

@@ -43,13 +43,14 @@ def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
 
 
 def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
-    """Parameters, gradients, two moments, the step and its scale; the tensor that is read from all sources; anchors,
-    targets and metrics."""
+    """Parameters, gradients, two moments, the step and its scale, the start to stay near to; the tensor that is read
+    from all sources; anchors, targets and metrics."""
     largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
     size, tokens = width(inputs.base), (config.num_anchors or 0) * tokens_of(inputs.base, config)
     metric = size * size if config.adaptation_distance == "shift" else 0
     anchors = len(inputs.sources) * (tokens * size * 2 + metric)
-    return (_entries(inputs, unit.tensors) * 8 + largest + anchors) * 4
+    copies = 8 if config.interpolation == 1 else 9
+    return (_entries(inputs, unit.tensors) * copies + largest + anchors) * 4
 
 
 def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:

@@ -503,6 +503,18 @@ def two_sources() -> tuple[nn.Module, list[Tensor], list[Tensor], list[dict[str,
     )
 
 
+@pytest.mark.parametrize("interpolation", [0.0, 0.25, 1.0])
+def test_the_merge_lies_on_the_line_from_its_start_to_the_adapted_parameters(interpolation: float) -> None:
+    base, anchors, targets, tasks = two_sources()
+    whole = adapt(base, CALL, anchors, targets, tasks)
+    part = adapt(base, CALL, anchors, targets, tasks, interpolation=interpolation)
+    for name, start in base.named_parameters():
+        expected = start + interpolation * (whole.parameters[name] - start)
+        torch.testing.assert_close(part.parameters[name], expected, rtol=1e-12, atol=1e-14)
+    assert part.loss_before == whole.loss_before
+    assert (part.loss_after == part.loss_before) == (interpolation == 0.0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [4, 128])
 def test_adaptation_of_parameters_is_adam_over_the_same_batches(kind: Any, batch_size: int) -> None:

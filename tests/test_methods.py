@@ -703,6 +703,15 @@ def test_open_options_are_chosen_for_the_kind_of_model(
     assert config.batch_size == (2048 if family == "decoder" else 128)
 
 
+@pytest.mark.parametrize(
+    ("initial", "expected"),
+    [("tsv", 0.5), ("isotropic", 0.5), ("wudi", 1.0), ("task_arithmetic", 1.0), ("base", 1.0)],
+)
+def test_the_merge_stays_half_way_to_a_start_in_singular_directions(initial: str, expected: float) -> None:
+    assert FDAConfig(initial=initial).for_family("encoder", 64).interpolation == expected
+    assert FDAConfig(initial=initial, interpolation=0.7).for_family("encoder", 64).interpolation == 0.7
+
+
 def test_options_that_were_given_are_not_replaced_by_published_ones() -> None:
     given = {
         "unit": ("block",),

@@ -175,6 +175,7 @@ def adapt_unit(
     schedule: Schedule,
     batch_size: int,
     generator: torch.Generator,
+    interpolation: float = 1.0,
     frozen: frozenset[str] = frozenset(),
     report: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> Adapted:
@@ -193,6 +194,7 @@ def adapt_unit(
         schedule: "constant", or "linear": the step size falls to zero over all steps.
         batch_size: anchors a step, drawn from all sources mixed.
         generator: on the CPU; the order of the batches.
+        interpolation: how far to go from the start (0) to the fitted parameters (1); the loss after is measured there.
         frozen: names of parameters that stay as they are.
         report: called with (epoch, loss) now and then.
 
@@ -202,6 +204,7 @@ def adapt_unit(
     everything = dict(module.requires_grad_(False).named_parameters())
     moving = {name: value.requires_grad_(True) for name, value in everything.items() if name not in frozen}
     parameters = list(moving.values())
+    start = [value.detach().to("cpu", copy=True) for value in parameters] if interpolation < 1 else []
     stepper = CoefficientAdam(parameters, None if scales is None else [scales[name] for name in moving], learning_rate)
 
     def run(x: Tensor) -> Tensor:
@@ -221,5 +224,7 @@ def adapt_unit(
             if not math.isfinite(current):
                 raise RunError(f"the adaptation loss is {current} at epoch {epoch}; try a smaller step size")
             report(epoch + 1, current)
+    for value, origin in zip(parameters, start, strict=False):
+        value.data = origin.to(value.device).lerp_(value.data, interpolation)
     after = objective.mean(run, batch_size)
     return Adapted({name: value.detach().cpu() for name, value in everything.items()}, before, after)

@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic 0.4": {"method": "task_arithmetic", "scaling": 0.4},
     "tsv 1.0": {"method": "tsv"},
     "tsv 1.2": {"method": "tsv", "scaling": 1.2},
-    "isotropic 2.0": {"method": "isotropic", "scaling": 2.0},
+    "isotropic 3.0": {"method": "isotropic", "scaling": 3.0},
     "fda": {"method": "fda"},
 }
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,6 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "20 steps, 10 passes": {"steps": 20, "epochs": 10},
     "40 steps, 20 passes": {"steps": 40, "epochs": 20},
     "75 steps, 20 passes": {"steps": 75, "epochs": 20},
-    "150 steps, 40 passes": {"steps": 150, "epochs": 40},
 }
 
 

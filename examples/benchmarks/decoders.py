@@ -6,8 +6,7 @@
 on average the accuracy of the label's word and the nats per token of the text, and the seconds of the merge (for FDA:
 of construction and of adaptation). There are no task heads: one merged model answers for every task. FDA merges each
 block's MLP; the rest of a block comes from where adaptation starts, and embeddings, last norm and output layer from
-task arithmetic (`--rest`), as in the published merge of decoders. Anchors do not depend on where adaptation starts, so
-all FDA rows of one initialisation and seed share theirs.
+task arithmetic. Anchors do not depend on where adaptation starts, so all FDA rows of one seed share theirs.
 """
 
 from __future__ import annotations
@@ -28,9 +27,11 @@ from hf_fda.merge_methods.fda import CONSTRUCTION_FIELDS
 SCALINGS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 STARTS: dict[str, dict[str, Any]] = {
     "base": {"initial": "base"},
-    "task_arithmetic": {"initial": "task_arithmetic"},
-    "tsv": {"initial": "tsv"},
-    "wudi": {"initial": "wudi"},
+    "task_arithmetic 0.3": {"initial": "task_arithmetic", "scaling": 0.3},
+    "tsv 1.0": {"initial": "tsv"},
+    "wudi iterative": {"initial": "wudi"},
+    "isotropic 1.0": {"initial": "isotropic", "scaling": 1.0},
+    "isotropic 3.0": {"initial": "isotropic", "scaling": 3.0},
 }
 
 
@@ -43,21 +44,11 @@ def table_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         rows[f"tsv {scaling}"] = {"method": "tsv", "scaling": scaling}
     for solver in ("iterative", "closed_form"):
         rows[f"wudi {solver}"] = {"method": "wudi", "solver": solver}
-    for scaling in (1.0, 1.5, 2.0):
+    for scaling in (1.0, 2.0, 3.0):
         rows[f"isotropic {scaling}"] = {"method": "isotropic", "scaling": scaling}
-    shared = {"num_anchors": options.num_anchors, "steps": options.steps, "patience": None}
-    shared["rest"] = {"method": "task_arithmetic", "scaling": options.rest}
-    shared.update(item.split("=", 1) for item in options.set)
-    for initialization in ("weights", "gaussian"):
-        for start, initial in STARTS.items():
-            scaling = {"scaling": options.rest} if start == "task_arithmetic" else {}
-            rows[f"fda from {start}, {initialization}"] = {
-                "method": "fda",
-                "initialization": initialization,
-                **initial,
-                **scaling,
-                **shared,
-            }
+    settings = dict(item.split("=", 1) for item in options.set)
+    for start, initial in STARTS.items():
+        rows[f"fda from {start}"] = {"method": "fda", "num_anchors": options.num_anchors, **initial, **settings}
     return {name: row for name, row in rows.items() if not options.only or any(part in name for part in options.only)}
 
 
@@ -72,8 +63,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the FDA rows")
     parser.add_argument("--num-anchors", type=int, default=512, help="anchors per MLP and source (published: 8192)")
-    parser.add_argument("--steps", type=int, default=200, help="construction steps")
-    parser.add_argument("--rest", type=float, default=0.3, help="scaling of task arithmetic outside the blocks")
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="more options of the FDA rows")
     return parser.parse_args()
@@ -110,7 +99,7 @@ class Arena:
         kept = ("method", "seed", *CONSTRUCTION_FIELDS)
         only = {name: value for name, value in arguments.items() if name in kept}
         only |= {"initial": "base", "epochs": 0, "rest": "base"}
-        shared = self.folder(f"anchors {arguments['initialization']}", only)
+        shared = self.folder("anchors", only)
         figures = shared / "seconds.json"
         if not figures.is_file():
             seconds = self.merge(shared, only)

@@ -707,7 +707,9 @@ def test_open_options_are_chosen_for_the_kind_of_model(
     ("initial", "expected"),
     [("tsv", 0.5), ("isotropic", 0.5), ("wudi", 1.0), ("task_arithmetic", 1.0), ("base", 1.0)],
 )
-def test_the_merge_stays_half_way_to_a_start_in_singular_directions(initial: str, expected: float) -> None:
+def test_merged_text_models_stay_half_way_to_a_start_in_singular_directions(initial: str, expected: float) -> None:
+    assert FDAConfig(initial=initial).for_family("vision", 64).interpolation == 1.0
+    assert FDAConfig(initial=initial).for_family("decoder", 64).interpolation == expected
     assert FDAConfig(initial=initial).for_family("encoder", 64).interpolation == expected
     assert FDAConfig(initial=initial, interpolation=0.7).for_family("encoder", 64).interpolation == 0.7
 

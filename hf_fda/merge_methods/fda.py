@@ -41,7 +41,7 @@ COEFFICIENT_STEP = 3e-2
 """Its step size, as a fraction of the sum of the task vectors' magnitudes, falling to zero."""
 
 SPECTRAL = ("tsv", "isotropic")
-"""Starts that hold what anchors do not show: the merge stays half way to them (WiSE-FT, arXiv 2109.01903)."""
+"""Starts to which merged text models stay half way (WiSE-FT, arXiv 2109.01903): they hold what anchors do not show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class FDAConfig(MethodConfig):
     interpolation: float | None = option(
         None,
         "how far the merge goes from its start (0) to the adapted parameters (1), on the straight line between them; "
-        "none: half way from tsv and isotropic, else all the way",
+        "none: half way from tsv and isotropic in text models, else all the way",
         minimum=0,
         maximum=1,
     )
@@ -176,7 +176,7 @@ class FDAConfig(MethodConfig):
             chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else COEFFICIENT_EPOCHS
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
         started = self.initial.name if isinstance(self.initial, MethodConfig) else self.initial
-        chosen["interpolation"] = 0.5 if started in SPECTRAL else 1.0
+        chosen["interpolation"] = 0.5 if started in SPECTRAL and family != "vision" else 1.0
         chosen["batch_size"] = max(128, (self.num_anchors or chosen["num_anchors"]) // 4)
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)

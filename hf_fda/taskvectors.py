@@ -45,7 +45,7 @@ class TaskVectors:
     def _task(self, source: AlignedSource, name: str, base: Tensor, part: slice | None) -> Tensor:
         if name not in source.tensor_of:
             return torch.zeros_like(base)
-        task = source.read(name, part).to(base.device, base.dtype).sub_(base)
+        task = source.task(name, base, part)
         self.note_move(source.name, lambda: bool(task.any()))
         return task
 

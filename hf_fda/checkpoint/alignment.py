@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint
+from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import InputError, few
 
 SHAPELESS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "hidden_act")
@@ -25,7 +25,7 @@ class AlignedSource:
     """
 
     name: str
-    checkpoint: FileCheckpoint | ModelCheckpoint
+    checkpoint: Checkpoint
     tensor_of: dict[str, str]
     extra: tuple[str, ...]
     absent: tuple[str, ...]
@@ -34,12 +34,16 @@ class AlignedSource:
         """The source's tensor for one of the base's, on the CPU, as `Checkpoint.read`."""
         return self.checkpoint.read(self.tensor_of[base_name], part)
 
+    def task(self, base_name: str, base: Tensor, part: slice | None = None) -> Tensor:
+        """The source's task vector for one of the base's tensors, as `Checkpoint.task`."""
+        return self.checkpoint.task(self.tensor_of[base_name], base, part)
+
     def dtype(self, base_name: str) -> torch.dtype:
         """The stored type of the source's tensor for one of the base's."""
         return self.checkpoint.dtype(self.tensor_of[base_name])
 
 
-def align(base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | ModelCheckpoint, name: str) -> AlignedSource:
+def align(base: Checkpoint, source: Checkpoint, name: str) -> AlignedSource:
     """Match a source's tensors to the base's by name.
 
     A bare encoder's tensors have no prefix, a classifier's have one ("bert."); any prefix under which either model
@@ -71,7 +75,7 @@ def align(base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | Model
     )
 
 
-def _kind(checkpoint: FileCheckpoint | ModelCheckpoint) -> str:
+def _kind(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.id}, {checkpoint.layout.model_class.__name__}, model type '{checkpoint.config.model_type}'"
 
 
@@ -85,9 +89,7 @@ def _same_architecture(base: PretrainedConfig, source: PretrainedConfig) -> bool
     return bool(_parts(base).keys() & _parts(source).keys())
 
 
-def _check_settings(
-    base: FileCheckpoint | ModelCheckpoint, source: FileCheckpoint | ModelCheckpoint, name: str
-) -> None:
+def _check_settings(base: Checkpoint, source: Checkpoint, name: str) -> None:
     """Refuse a source whose configuration means another function by tensors of the same shapes."""
     ours, theirs = _parts(base.config), _parts(source.config)
     for kind in sorted(ours.keys() & theirs.keys()):
@@ -129,7 +131,7 @@ def _matches(base: Sequence[str], source: Sequence[str], base_prefix: str, sourc
     return {name: (found | same)[name] for name in base if name in found or name in same}
 
 
-def check_shapes(base: FileCheckpoint | ModelCheckpoint, source: AlignedSource, names: Iterable[str]) -> None:
+def check_shapes(base: Checkpoint, source: AlignedSource, names: Iterable[str]) -> None:
     """Refuse a source whose tensors have other shapes than the base's.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -30,6 +30,16 @@ class Checkpoint(Protocol):
     location: Location | None
 
     @property
+    def unexpected(self) -> Sequence[str]:
+        """Names in the files that the model has no place for."""
+        ...
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names that the model has but the checkpoint does not hold."""
+        ...
+
+    @property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
         ...
@@ -49,12 +59,37 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
+        """The task vector of one tensor.
+
+        Args:
+            name: the tensor.
+            base: the base's tensor (or only `part` of its flattened entries), which is not changed.
+            part: as in `read`.
+
+        Returns:
+            the difference from the base, on its device, in its type.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """A hash that changes when the weights do."""
         ...
 
 
-class FileCheckpoint:
+class ReadCheckpoint:
+    """A checkpoint whose task vectors are differences of what is read."""
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """As `Checkpoint.read`."""
+        raise NotImplementedError
+
+    def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
+        """As `Checkpoint.task`."""
+        return self.read(name, part).to(base.device, base.dtype).sub_(base)
+
+
+class FileCheckpoint(ReadCheckpoint):
     """A checkpoint in safetensors files, in a folder or on the Hub.
 
     Args:
@@ -139,7 +174,7 @@ class FileCheckpoint:
                     )
 
 
-class ModelCheckpoint:
+class ModelCheckpoint(ReadCheckpoint):
     """A model in memory seen as a checkpoint.
 
     Args:
@@ -162,13 +197,17 @@ class ModelCheckpoint:
         if conversions is not None:
             self.layout.model._weight_conversions = conversions
         self.names = tuple(name for name in self.layout.names if name in self._state)
-        self.unexpected: list[str] = []
-        self.missing: tuple[str, ...] = ()
+        self.unexpected: Sequence[str] = ()
 
     @property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
         return self.layout.config
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """None: what the model lacks it does not have."""
+        return ()
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor."""

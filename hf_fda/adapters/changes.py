@@ -1,0 +1,202 @@
+"""What an adapter does to each tensor of the base: thin factors where it is thin, PEFT's own merge where it is not."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hf_fda.adapters.files import REPLAYED
+from hf_fda.adapters.skeleton import ADAPTER, Skeleton
+from hf_fda.errors import InputError
+from hf_fda.lowrank import LowRank, add
+
+
+class Change(ABC):
+    """What an adapter does to one tensor."""
+
+    @abstractmethod
+    def task(self, base: Tensor) -> Tensor:
+        """The task tensor, of the shape, type and device of the base's tensor, which is not changed."""
+
+    def factors(self, base: Tensor | None) -> LowRank | None:
+        """The task tensor as a product of thin factors; None where it is not one.
+
+        Args:
+            base: the base's tensor; may be None where `needs_base` is false.
+        """
+        return None
+
+    needs_base: bool = False
+    """Whether factors depend on the base's tensor."""
+
+
+@dataclass
+class Thin(Change):
+    """A product of two factors is added."""
+
+    product: LowRank
+
+    def task(self, base: Tensor) -> Tensor:
+        """The product itself."""
+        return self.product.to(base.device, base.dtype).dense()
+
+    def factors(self, base: Tensor | None) -> LowRank:
+        """The product's factors."""
+        return self.product
+
+
+@dataclass
+class Residual(Change):
+    """A product is added, and what the adapter was initialised with, which depends on the base, is taken out."""
+
+    product: LowRank
+    layer: LoraLayer
+    method: str
+    needs_base = True
+
+    def task(self, base: Tensor) -> Tensor:
+        """The product less the initial one."""
+        return self.factors(base).to(base.device, base.dtype).dense()
+
+    def factors(self, base: Tensor | None) -> LowRank:
+        """Both products beside each other: twice the adapter's rank."""
+        assert base is not None
+        layer: Any = copy.deepcopy(self.layer)
+        layer.get_base_layer().weight = nn.Parameter(base.detach().float().cpu(), requires_grad=False)
+        if self.method == "olora":
+            layer.olora_init(ADAPTER)
+        else:
+            layer.pissa_init(ADAPTER, self.method)
+        return add([self.product, _linear_product(layer).scaled(-1.0)])
+
+
+@dataclass
+class Added(Change):
+    """A tensor is added."""
+
+    tensor: Tensor
+
+    def task(self, base: Tensor) -> Tensor:
+        """The tensor."""
+        return self.tensor.to(base.device, base.dtype)
+
+
+@dataclass
+class Replaced(Change):
+    """The tensor is another one."""
+
+    tensor: Tensor
+
+    def task(self, base: Tensor) -> Tensor:
+        """The difference of both."""
+        return self.tensor.to(base.device, base.dtype) - base
+
+
+@dataclass
+class Merged(Change):
+    """The tensor that PEFT's own merge of a layer makes, in float64."""
+
+    layer: Any
+    parameter: str
+
+    def task(self, base: Tensor) -> Tensor:
+        """The merged tensor less the base's."""
+        layer = copy.deepcopy(self.layer).double()
+        inner = layer.get_base_layer()
+        setattr(inner, self.parameter, nn.Parameter(base.detach().cpu().double().clone(), requires_grad=False))
+        layer.merge(safe_merge=False, adapter_names=[ADAPTER])
+        merged = getattr(inner, self.parameter).detach()
+        return (merged - base.cpu().double()).to(base.device, base.dtype)
+
+
+def find_changes(label: str, skeleton: Skeleton, init: Any) -> dict[str, Change]:
+    """Every tensor that an adapter changes, by its name in the model without the adapter.
+
+    Args:
+        label: the adapter, for messages.
+        skeleton: the model it is in.
+        init: its `init_lora_weights`.
+
+    Raises:
+        InputError: when it changes what the model does not have (a bias), or what cannot be told.
+    """
+    model: Any = skeleton.model.base_model.model
+    found: dict[str, Change] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for parameter, change in _layer_changes(label, path, module, init):
+                name = f"{path}.{parameter}".replace(".base_layer.", ".")
+                found[name] = change
+    shapes = skeleton.layout.shapes
+    for name, value in model.named_parameters():
+        plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
+        if plain in shapes and id(value) not in skeleton.hollow:
+            found[plain] = Replaced(value.detach())
+    for name in found:
+        if name not in shapes:
+            raise InputError(f"{label}: the adapter changes '{name}', which the model does not have or does not store")
+    return found
+
+
+def _is(layer: Any, kind: type) -> bool:
+    """`isinstance` without narrowing the type: the attributes of a module are of too many types to be checked."""
+    return isinstance(layer, kind)
+
+
+def _layer_changes(label: str, path: str, layer: Any, init: Any) -> Iterator[tuple[str, Change]]:
+    inner = layer.get_base_layer()
+    if _is(layer, ParamWrapper):
+        yield layer.parameter_name, Thin(_stacked_product(layer))
+        return
+    if not _is(layer, LoraLayer):
+        yield "weight", Merged(layer, "weight")
+        if getattr(layer, "is_feedforward", True) is False and getattr(inner, "bias", None) is not None:
+            yield "bias", Merged(layer, "bias")  # IA3 scales what a layer puts out
+        return
+    if ADAPTER in layer.lora_variant and not layer.use_dora[ADAPTER]:
+        kind = type(layer.lora_variant[ADAPTER]).__name__
+        raise InputError(f"{label}: layer '{path}' is a {kind}, which is not understood; it cannot be merged")
+    yield "weight", _weight_change(layer, init)
+    if layer.lora_bias[ADAPTER]:
+        yield "bias", Added(layer.lora_B[ADAPTER].bias.detach() * layer.scaling[ADAPTER])
+
+
+def _weight_change(layer: Any, init: Any) -> Change:
+    """What a layer of LoRA does to its weight."""
+    if layer.use_dora[ADAPTER] or (_is(layer, _ConvNd) and layer.get_base_layer().groups > 1):
+        return Merged(layer, "weight")
+    scaling = layer.scaling[ADAPTER]
+    if _is(layer, Embedding):
+        left, right = layer.lora_embedding_A[ADAPTER].detach().mT, layer.lora_embedding_B[ADAPTER].detach().mT
+        return Thin(LowRank(left * scaling, right, (left.shape[0], right.shape[1])))
+    if _is(layer, _ConvNd):
+        left, right = (part[ADAPTER].weight.detach().flatten(1) for part in (layer.lora_B, layer.lora_A))
+        return Thin(LowRank(left * scaling, right, tuple(layer.get_base_layer().weight.shape)))
+    if isinstance(init, str) and init in REPLAYED:
+        return Residual(_linear_product(layer), layer, init)
+    return Thin(_linear_product(layer))
+
+
+def _linear_product(layer: Any) -> LowRank:
+    left, right = layer.lora_B[ADAPTER].weight.detach(), layer.lora_A[ADAPTER].weight.detach()
+    left = left * layer.scaling[ADAPTER]
+    if layer.fan_in_fan_out:  # the weight lies as (d_in, d_out)
+        left, right = right.mT, left.mT
+    return LowRank(left, right, (left.shape[0], right.shape[1]))
+
+
+def _stacked_product(layer: Any) -> LowRank:
+    left, right, scaling = layer.get_delta_factors(ADAPTER)
+    shape = tuple(layer.get_param().shape)
+    left, right = left.detach() * scaling, right.detach()
+    if len(shape) == 2 and left.ndim == 3:
+        left, right = left[0], right[0]
+    return LowRank(left, right, shape)

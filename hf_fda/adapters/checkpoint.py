@@ -1,0 +1,146 @@
+"""An adapter seen as a checkpoint: the base's tensors with what the adapter does to them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from hf_fda.adapters.changes import Change, Replaced, find_changes
+from hf_fda.adapters.files import CONFIG, AdapterFiles, from_model, read_files
+from hf_fda.adapters.skeleton import build
+from hf_fda.checkpoint.alignment import match_names
+from hf_fda.checkpoint.location import INDEX, SINGLE, Location
+from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.errors import InputError
+from hf_fda.lowrank import LowRank
+
+
+class AdapterCheckpoint:
+    """An adapter on its base, as a checkpoint whose tensors differ from the base's where the adapter changes them.
+
+    Args:
+        files: the adapter.
+        base: what it is an adapter of.
+
+    Raises:
+        InputError: when the adapter does not fit the base.
+    """
+
+    unexpected: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def __init__(self, files: AdapterFiles, base: Checkpoint) -> None:
+        self.files, self.base = files, base
+        self.id, self.location = files.id, files.location
+        self.commit = files.location.commit if files.location is not None else None
+        skeleton = build(files, base.layout)
+        self.layout = skeleton.layout
+        self.changes: Mapping[str, Change] = find_changes(
+            files.id, skeleton, getattr(files.config, "init_lora_weights", None)
+        )
+        known = match_names(base.names, base.layout.body_prefixes, self.layout.names, self.layout.body_prefixes)
+        self._base_name = {own: name for name, own in known.items()}
+        self.names = tuple(name for name in self.layout.names if name in self._base_name or name in self.changes)
+        self._check_shapes()
+        self._dense: tuple[str, Tensor] | None = None
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the model that the adapter was trained on."""
+        return self.layout.config
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The base's stored type of a tensor; the adapter's own for one that the base lacks."""
+        if name in self._base_name:
+            return self.base.dtype(self._base_name[name])
+        return self._own(name).dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in memory layout."""
+        return self.layout.shapes[name]
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """One tensor on the CPU, as `Checkpoint.read`; in float32 at least where the adapter changes it."""
+        if name not in self._base_name:
+            own = self._own(name)
+            return (own if part is None else own.flatten()[part]).clone()
+        if name not in self.changes:
+            return self.base.read(self._base_name[name], part)
+        base = self.base.read(self._base_name[name])
+        base = base.to(torch.promote_types(base.dtype, torch.float32))
+        whole = base + self.changes[name].task(base)
+        return whole if part is None else whole.flatten()[part]
+
+    def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
+        """A tensor's task vector, as `Checkpoint.task`: not the difference of two rounded sums."""
+        if name not in self.changes:
+            return torch.zeros_like(base)
+        change = self.changes[name]
+        if part is None:
+            return change.task(base).clone()
+        if not change.needs_base and (thin := change.factors(None)) is not None:
+            return thin.to(base.device, base.dtype).part(part)
+        if self._dense is None or self._dense[0] != name:  # the parts of one tensor are asked for in turn
+            whole = self.base.read(self._base_name[name]).to(base.device, base.dtype)
+            self._dense = (name, change.task(whole).flatten())
+        return self._dense[1][part].clone()
+
+    def factors(self, name: str) -> LowRank | None:
+        """A tensor's task vector as thin factors; None where the adapter does not change it, or by no thin product."""
+        change = self.changes.get(name)
+        if change is None:
+            return None
+        return change.factors(self.base.read(self._base_name[name]) if change.needs_base else None)
+
+    def fingerprint(self) -> str:
+        """A hash that changes when adapter or base do."""
+        return hashlib.sha256((self.files.fingerprint() + self.base.fingerprint()).encode()).hexdigest()
+
+    def _own(self, name: str) -> Tensor:
+        """A tensor that comes with the adapter."""
+        change = self.changes[name]
+        assert isinstance(change, Replaced)
+        return change.tensor
+
+    def _check_shapes(self) -> None:
+        for name, change in self.changes.items():
+            own = self._base_name.get(name)
+            if own is None:
+                if not isinstance(change, Replaced):
+                    raise InputError(f"{self.id}: the adapter adds to '{name}', which the base does not have")
+            elif self.base.shape(own) != self.shape(name) and not isinstance(change, Replaced):
+                raise InputError(
+                    f"{self.id}: tensor '{name}' is {self.shape(name)} in the model of the adapter and "
+                    f"{self.base.shape(own)} in the base; it was trained on another base"
+                )
+
+
+def is_adapter(value: Any, location: Location | None = None) -> bool:
+    """Whether a source is a PEFT adapter: a `PeftModel`, or files with an adapter's configuration and no model's."""
+    if isinstance(value, PeftModel):
+        return True
+    return location is not None and CONFIG in location.names and not {INDEX, SINGLE} & set(location.names)
+
+
+def open_adapter(value: Any, base: Checkpoint, location: Location | None = None) -> AdapterCheckpoint:
+    """Open an adapter on its base.
+
+    Args:
+        value: a `PeftModel` (its active adapter), or where the adapter is.
+        base: what it is an adapter of.
+        location: of `value`, where it is a folder or a Hub id.
+
+    Raises:
+        InputError: when it is not understood, or does not fit the base.
+    """
+    if isinstance(value, PeftModel):
+        return AdapterCheckpoint(from_model(value), base)
+    assert location is not None and isinstance(value, (str, os.PathLike))
+    return AdapterCheckpoint(read_files(location), base)

@@ -1,0 +1,139 @@
+"""The model that an adapter belongs to, without its weights, with the adapter's own in place."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from peft.utils import set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_fda.adapters.files import AdapterFiles
+from hf_fda.checkpoint.layout import ModelLayout, meta_model
+from hf_fda.errors import InputError, few
+
+AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""Which class of model each of PEFT's task types is trained on."""
+
+ADAPTER = "default"
+
+
+@dataclass
+class Skeleton:
+    """A model with an adapter in it. Parameters of the base are hollow: of the right shape, without memory.
+
+    `layout` is the model's without the adapter; `hollow` are the parameters that the adapter left alone.
+    """
+
+    model: PeftModel
+    layout: ModelLayout
+    hollow: dict[int, nn.Parameter]
+
+
+def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
+    """Put an adapter into the hollow model it belongs to.
+
+    Args:
+        files: the adapter.
+        base: layout of the base.
+
+    Raises:
+        InputError: when the adapter does not fit the base's architecture.
+    """
+    model_class, config = _model_of(files, base)
+    layout = base if model_class is base.model_class and config is base.config else ModelLayout(config, model_class)
+    model = meta_model(config, model_class)
+    hollow = _hollow_out(model)
+    own = copy.deepcopy(files.config)
+    if hasattr(own, "init_lora_weights"):
+        own.init_lora_weights = False  # not from the base's weights, which are not here
+    own.inference_mode = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped: Any = PeftModel(model, own, ADAPTER, low_cpu_mem_usage=True)
+            result: Any = set_peft_model_state_dict(wrapped, files.tensors, ADAPTER, low_cpu_mem_usage=True)
+    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{files.id}: the adapter does not fit the base, a {base.model_class.__name__} ({reason})"
+        ) from None
+    if result.unexpected_keys:
+        raise InputError(
+            f"{files.id}: the adapter has tensors for which the base, as a {model_class.__name__}, has no place "
+            f"({few(result.unexpected_keys)}); it was trained on another base"
+        )
+    empty = [name for name, value in (*wrapped.named_parameters(), *wrapped.named_buffers()) if value.is_meta]
+    if empty:
+        raise InputError(f"{files.id}: the adapter lacks tensors that its configuration promises ({few(empty)})")
+    return Skeleton(wrapped, layout, hollow)
+
+
+def _hollow_out(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Give every parameter one stored number in all its places, and return them by identity."""
+    made: dict[int, nn.Parameter] = {}
+    seen: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in seen:
+                empty = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                seen[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = seen[id(parameter)]
+            made[id(seen[id(parameter)])] = seen[id(parameter)]
+    return made
+
+
+def _model_of(files: AdapterFiles, base: ModelLayout) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class that an adapter was trained on and its configuration: the base's, but for the size of a task's head."""
+    named = (files.config.auto_mapping or {}).get("base_model_class")
+    task = str(getattr(files.config.task_type, "value", files.config.task_type))
+    if named is not None and hasattr(transformers, named):
+        model_class = getattr(transformers, named)
+    elif task in AUTO:
+        model_class = getattr(transformers, AUTO[task])._model_mapping.get(type(base.config), base.model_class)
+    else:
+        model_class = base.model_class
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    if not getattr(model_class, "config_class", None) or not isinstance(base.config, model_class.config_class):
+        raise InputError(
+            f"{files.id}: the adapter is one of a {model_class.__name__}, the base a {base.model_class.__name__}"
+        )
+    labels = _labels(files.tensors, base.config, model_class)
+    if labels is None or labels == base.config.num_labels:
+        return model_class, base.config
+    config = copy.deepcopy(base.config)
+    config.num_labels = labels
+    return model_class, config
+
+
+def _labels(tensors: dict[str, Tensor], config: PretrainedConfig, model_class: type[PreTrainedModel]) -> int | None:
+    """How many labels the head has that comes with an adapter: told by a tensor whose shape depends on it."""
+    shapes = []
+    for count in (7, 11):
+        trial = copy.deepcopy(config)
+        trial.num_labels = count
+        shapes.append({name: tuple(p.shape) for name, p in meta_model(trial, model_class).named_parameters()})
+    for name, shape in shapes[0].items():
+        if shape == shapes[1][name]:
+            continue
+        position = next(i for i, size in enumerate(shape) if size != shapes[1][name][i])
+        found = [tensor for key, tensor in tensors.items() if key.endswith(f".{name}") and tensor.ndim == len(shape)]
+        if found:
+            return found[0].shape[position]
+    return None

@@ -1,0 +1,110 @@
+"""Products of two thin factors in place of dense matrices, and what can be done to them without building these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A tensor that is the product of two factors.
+
+    Args:
+        left: (..., m, r).
+        right: (..., r, n).
+        shape: of the tensor: (..., m, n), or what that is a view of (a convolution's (m, c, h, w) with n = c h w).
+
+    >>> LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]]), (2, 2)).dense()
+    tensor([[3., 4.],
+            [6., 8.]])
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `left`: the product's rank at most."""
+        return self.left.shape[-1]
+
+    def dense(self) -> Tensor:
+        """The tensor itself."""
+        return (self.left @ self.right).reshape(self.shape)
+
+    def part(self, entries: slice) -> Tensor:
+        """Some of the flattened entries; of a matrix only their rows are built.
+
+        Args:
+            entries: start and stop, no step.
+        """
+        if self.left.ndim > 2:
+            return self.dense().flatten()[entries]
+        width = self.right.shape[1]
+        first, last = entries.start // width, -(-entries.stop // width)
+        rows = (self.left[first:last] @ self.right).flatten()
+        return rows[entries.start - first * width : entries.stop - first * width]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> LowRank:
+        """The same on another device, in another type."""
+        return LowRank(self.left.to(device, dtype), self.right.to(device, dtype), self.shape)
+
+    def scaled(self, factor: float) -> LowRank:
+        """The tensor times a number."""
+        return LowRank(self.left * factor, self.right, self.shape)
+
+
+def add(parts: Sequence[LowRank]) -> LowRank:
+    """The exact sum of tensors of one shape: their factors beside each other, so that ranks add up."""
+    return LowRank(
+        torch.cat([part.left for part in parts], dim=-1),
+        torch.cat([part.right for part in parts], dim=-2),
+        parts[0].shape,
+    )
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A singular value decomposition: u (..., m, r) and vh (..., r, n) orthonormal, s (..., r) falling."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    shape: tuple[int, ...]
+
+    def truncated(self, rank: int) -> LowRank:
+        """The nearest tensor of a rank, in the Frobenius norm; both factors carry the roots of the values."""
+        root = self.s[..., :rank].sqrt()
+        return LowRank(self.u[..., :rank] * root[..., None, :], root[..., :, None] * self.vh[..., :rank, :], self.shape)
+
+    def error(self, rank: int) -> float:
+        """The Frobenius norm of what a truncation leaves out, as a fraction of the whole's."""
+        whole = float(self.s.square().sum())
+        return (float(self.s[..., rank:].square().sum()) / whole) ** 0.5 if whole else 0.0
+
+    def rank_for(self, energy: float) -> int:
+        """The least rank that keeps a fraction of the sum of squared singular values (in every matrix of a stack)."""
+        squares = self.s.double().square()
+        kept = squares.cumsum(-1) / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        lacking = (kept < energy * (1 - 1e-12)).sum(-1)
+        return min(int(lacking.max()) + 1, self.s.shape[-1])
+
+    def numerical_rank(self) -> int:
+        """The number of singular values above rounding (of the matrix of a stack that has most)."""
+        top = self.s[..., :1] * torch.finfo(self.s.dtype).eps * max(self.u.shape[-2], self.vh.shape[-1])
+        return int((self.s > top).sum(-1).max())
+
+
+def spectrum(factors: LowRank) -> Spectrum:
+    """The singular value decomposition of a product, from QR of its factors and the small core between them.
+
+    Nothing of the product's own size is built: with rank r it costs O((m + n) r^2).
+    """
+    q_left, r_left = torch.linalg.qr(factors.left)
+    q_right, r_right = torch.linalg.qr(factors.right.mT)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    return Spectrum(q_left @ u, s, vh @ q_right.mT, factors.shape)

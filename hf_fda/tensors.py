@@ -46,6 +46,17 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
+def numerical_rank(values: Tensor, shape: Sequence[int]) -> int:
+    """How many singular values stand above rounding; those below have no directions of their own.
+
+    Args:
+        values: (r,), in falling order.
+        shape: of the matrix that they belong to.
+    """
+    floor = values[:1] * torch.finfo(values.dtype).eps * max(shape)
+    return int((values > floor).sum())
+
+
 def nearest_orthonormal(matrix: Tensor) -> Tensor:
     """The matrix with orthonormal columns (rows, if it is wide) nearest in the Frobenius norm.
 

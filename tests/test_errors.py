@@ -394,12 +394,13 @@ def test_a_pickle_beside_safetensors_is_not_opened(pair: Place) -> None:
     assert not (merged.folder / "pytorch_model.bin").exists()
 
 
-def test_a_peft_adapter_is_refused_with_the_way_to_merge_it(pair: Place) -> None:
+def test_an_adapter_as_the_base_is_refused(pair: Place) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(make_model("bert"), LoraConfig(r=2, target_modules=["query"]))
     model.save_pretrained(pair.root / "adapter")
-    pair.refused("source 'adapter'", "PEFT adapter", "merge_and_unload", sources=[pair.root / "adapter"])
+    pair.refused("base", "PEFT adapter", "an adapter is a source", base=pair.root / "adapter")
+
 
 
 def test_a_folder_without_weights_is_refused(pair: Place) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -70,7 +71,8 @@ class Residual(Change):
         """Both products beside each other: twice the adapter's rank."""
         assert base is not None
         layer: Any = copy.deepcopy(self.layer)
-        layer.get_base_layer().weight = nn.Parameter(base.detach().float().cpu(), requires_grad=False)
+        own = base.detach().to("cpu", torch.float32, copy=True)  # the initialisation changes it
+        layer.get_base_layer().weight = nn.Parameter(own, requires_grad=False)
         if self.method == "olora":
             layer.olora_init(ADAPTER)
         else:

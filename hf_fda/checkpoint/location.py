@@ -111,10 +111,7 @@ class Location:
 
     def _no_weights(self) -> str:
         if "adapter_config.json" in self.names:
-            return (
-                "this is a PEFT adapter; merge it into its base first "
-                "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder))"
-            )
+            return "this is a PEFT adapter; an adapter is a source: give what it was trained on as the base"
         if any(re.fullmatch(r".*\.(bin|pt|pth|ckpt)", name) for name in self.names):
             return (
                 "it holds pickled weights only, which are never opened; convert it once: "

@@ -86,7 +86,8 @@ class ReadCheckpoint:
 
     def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
         """As `Checkpoint.task`."""
-        return self.read(name, part).to(base.device, base.dtype).sub_(base)
+        own = self.read(name, part)
+        return own.to(base.device, torch.promote_types(own.dtype, base.dtype)).sub_(base).to(base.dtype)
 
 
 class FileCheckpoint(ReadCheckpoint):

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_fda.merge_methods.config import TaskVectorConfig
 from hf_fda.merge_methods.registry import register
-from hf_fda.tensors import mean, svd, total, weighted
+from hf_fda.tensors import mean, numerical_rank, svd, total, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class IsotropicConfig(TaskVectorConfig):
 def isotropic(base: Tensor, tasks: Sequence[Tensor], config: IsotropicConfig) -> Tensor:
     """``lambda * mean(s) * U Vh`` where ``U diag(s) Vh = sum_i tau_i`` (paper, Algorithm 1). Vectors are averaged.
 
+    Of a sum that lacks full rank (of a few thin adapters) only the directions that it has take part, in the mean too.
+
     Args:
         base: theta_0, (d_out, d_in) or another shape (unused).
         tasks: K task tensors of that shape.
@@ -36,4 +39,7 @@ def isotropic(base: Tensor, tasks: Sequence[Tensor], config: IsotropicConfig) ->
     if base.ndim != 2:
         return config.scaling * mean(tasks)
     u, s, vh = svd(total(tasks))
-    return config.scaling * s.mean() * (u @ vh)
+    rank = numerical_rank(s, base.shape)
+    if not rank:
+        return torch.zeros_like(tasks[0])
+    return config.scaling * s[:rank].mean() * (u[:, :rank] @ vh[:rank])

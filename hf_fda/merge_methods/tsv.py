@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_fda.merge_methods.config import TaskVectorConfig, option
 from hf_fda.merge_methods.registry import register
-from hf_fda.tensors import mean, nearest_orthonormal, svd, weighted
+from hf_fda.tensors import mean, nearest_orthonormal, numerical_rank, svd, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class TSVConfig(TaskVectorConfig):
 def tsv(base: Tensor, tasks: Sequence[Tensor], config: TSVConfig) -> Tensor:
     """``lambda * U' diag(s) V'``: U' and V' are the nearest orthonormal matrices to the tasks' concatenated ones.
 
-    Each task gives its top ``max(1, floor(r / K))`` singular triplets, r = min(d_out, d_in) (paper, Algorithm 1).
-    Anything but a matrix is averaged.
+    Each task gives its top ``max(1, floor(r / K))`` singular triplets, r = min(d_out, d_in) (paper, Algorithm 1), or as
+    many as its rank has, where that is less. Anything but a matrix is averaged.
 
     Args:
         base: theta_0, (d_out, d_in) or another shape (unused).
@@ -49,7 +49,10 @@ def tsv(base: Tensor, tasks: Sequence[Tensor], config: TSVConfig) -> Tensor:
     full = min(base.shape)
     kept = max(1, int(full * (1 / len(tasks) if config.rank_fraction is None else config.rank_fraction) + 1e-9))
     parts = [svd(task) for task in tasks]
-    u = torch.cat([part[0][:, :kept] for part in parts], dim=1)
-    s = torch.cat([part[1][:kept] for part in parts])
-    vh = torch.cat([part[2][:kept] for part in parts], dim=0)
+    kept_of = [min(kept, numerical_rank(part[1], base.shape)) for part in parts]
+    if not any(kept_of):
+        return torch.zeros_like(tasks[0])
+    u = torch.cat([part[0][:, :count] for part, count in zip(parts, kept_of, strict=True)], dim=1)
+    s = torch.cat([part[1][:count] for part, count in zip(parts, kept_of, strict=True)])
+    vh = torch.cat([part[2][:count] for part, count in zip(parts, kept_of, strict=True)], dim=0)
     return config.scaling * (nearest_orthonormal(u) * s) @ nearest_orthonormal(vh)

@@ -1,0 +1,243 @@
+"""Adapters as sources: every kind that PEFT saves does to a merge what it does in PEFT."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import KINDS, LINEAR, NORM, make_base, outputs, relative, save, train
+from conftest import fine_tune, make_model
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+import hf_fda
+from hf_fda.adapters import open_adapter
+from hf_fda.checkpoint import open_checkpoint
+from hf_fda.checkpoint.location import locate
+
+CASES = [
+    *(("bert", kind) for kind in KINDS),
+    *((family, kind) for family in ("llama", "gpt2", "vit", "t5") for kind in ("plain", "rslora", "modules_to_save")),
+    *(("gpt2", kind) for kind in ("dora", "lora_bias", "bias-all", "embedding", "pissa")),
+    *(("llama", kind) for kind in ("dora", "patterns", "layers", "olora", "loha", "lokr", "ia3", "vera", "oft")),
+]
+
+
+def merge(base: Path, sources: Any, output: Path, **arguments: Any) -> Any:
+    return hf_fda.merge(str(base), sources, output=output, quiet=True, **arguments)
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_one_adapter_with_weight_one_gives_its_own_function(family: str, kind: str, tmp_path: Path) -> None:
+    base = make_base(family)
+    base.save_pretrained(tmp_path / "base")
+    adapter = save(base, KINDS[kind](family), tmp_path / "adapter")
+    merged = merge(tmp_path / "base", {"own": str(adapter)}, tmp_path / "merged", method="task_arithmetic", scaling=1.0)
+    task = "own" if (tmp_path / "merged/task_heads/own").is_dir() else None
+    reference = PeftModel.from_pretrained(copy.deepcopy(base), adapter)
+    expected = outputs(reference, family)
+    assert relative(outputs(base, family), expected) > 1e-3, "the adapter does nothing, so that the test shows nothing"
+    assert relative(outputs(merged.load(task), family), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "tsv", "isotropic", "wudi"])
+def test_adapters_merge_as_their_dense_task_vectors_do(method: str, tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    adapters, dense = {}, {}
+    for seed, kind in enumerate(("patterns", "plain", "rslora")):
+        adapters[kind] = str(save(base, KINDS[kind]("llama"), tmp_path / kind, seed))
+        whole = PeftModel.from_pretrained(copy.deepcopy(base).double(), tmp_path / kind).merge_and_unload()
+        whole.save_pretrained(tmp_path / f"{kind}-whole")
+        dense[kind] = str(tmp_path / f"{kind}-whole")
+    merge(tmp_path / "base", adapters, tmp_path / "thin", method=method)
+    merge(tmp_path / "base", dense, tmp_path / "dense", method=method)
+    thin, full = (load_file(tmp_path / folder / "model.safetensors") for folder in ("thin", "dense"))
+    start = load_file(tmp_path / "base/model.safetensors")
+    assert thin.keys() == full.keys()
+    moved = sum(float((full[name] - start[name]).square().sum()) for name in full) ** 0.5
+    apart = sum(float((full[name] - thin[name]).square().sum()) for name in full) ** 0.5
+    assert moved > 0.1
+    assert apart < 1e-5 * moved
+
+
+def test_adapters_and_full_checkpoints_merge_together_in_any_order(tmp_path: Path) -> None:
+    base = make_base("bert")
+    base.save_pretrained(tmp_path / "base")
+    fine_tune(base, seed=4).save_pretrained(tmp_path / "full")
+    adapter = save(base, KINDS["dora"]("bert"), tmp_path / "adapter")
+    sources = {"adapter": str(adapter), "full": str(tmp_path / "full")}
+    first = merge(tmp_path / "base", sources, tmp_path / "first", method="task_arithmetic", scaling=0.5)
+    turned = dict(reversed(sources.items()))
+    second = merge(tmp_path / "base", turned, tmp_path / "second", method="task_arithmetic", scaling=0.5)
+    left, right = (load_file(merged.folder / "model.safetensors") for merged in (first, second))
+    assert all(torch.allclose(left[name], right[name], rtol=1e-6, atol=1e-8) for name in left)
+    weight = "bert.encoder.layer.0.attention.self.value.weight"
+    whole = PeftModel.from_pretrained(copy.deepcopy(base), adapter).merge_and_unload().state_dict()[weight]
+    start, full = (load_file(tmp_path / name / "model.safetensors")[weight] for name in ("base", "full"))
+    torch.testing.assert_close(left[weight], start + 0.5 * (full - start) + 0.5 * (whole - start))
+
+
+def test_a_model_in_memory_gives_its_active_adapter_and_keeps_it(tmp_path: Path) -> None:
+    base = make_base("bert")
+    base.save_pretrained(tmp_path / "base")
+    model = train(base, KINDS["plain"]("bert"), seed=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = outputs(model, "bert")
+    merged = merge(tmp_path / "base", {"own": model}, tmp_path / "merged", method="task_arithmetic", scaling=1.0)
+    assert relative(outputs(merged.load("own"), "bert"), expected) <= 1e-6
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_classifiers_as_adapters_of_a_bare_encoder_keep_their_heads(tmp_path: Path) -> None:
+    whole = make_base("bert")
+    whole.bert.save_pretrained(tmp_path / "base")
+    expected, sources = {}, {}
+    for labels in (2, 3):
+        model = make_model("bert", num_labels=labels)
+        model.bert.load_state_dict(whole.bert.state_dict())
+        config = LoraConfig(r=3, target_modules=["value", "dense"], task_type="SEQ_CLS")
+        sources[f"of{labels}"] = str(save(model, config, tmp_path / f"of{labels}", labels))
+        expected[f"of{labels}"] = PeftModel.from_pretrained(model, sources[f"of{labels}"])
+    alone = merge(tmp_path / "base", {"of3": sources["of3"]}, tmp_path / "alone", method="task_arithmetic", scaling=1.0)
+    assert relative(outputs(alone.load("of3"), "bert"), outputs(expected["of3"], "bert")) <= 1e-6
+    merged = merge(tmp_path / "base", sources, tmp_path / "merged", method="tsv")
+    assert merged.tasks == ["of2", "of3"]
+    assert [merged.load(task).num_labels for task in merged.tasks] == [2, 3]
+    head = load_file(tmp_path / "merged/task_heads/of2/model.safetensors")
+    saved = load_file(tmp_path / "of2/adapter_model.safetensors")
+    assert torch.equal(head["classifier.weight"], saved["base_model.model.classifier.weight"])
+
+
+def test_experts_as_parameters_are_merged(tmp_path: Path) -> None:
+    base = make_base("qwen3-moe")
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    )
+    adapter = save(base, config, tmp_path / "adapter")
+    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(base), adapter), "qwen3-moe")
+    merged = merge(tmp_path / "base", {"own": str(adapter)}, tmp_path / "merged", method="task_arithmetic", scaling=1.0)
+    assert relative(outputs(base, "qwen3-moe"), expected) > 1e-3
+    assert relative(outputs(merged.load(), "qwen3-moe"), expected) <= 1e-6
+
+
+def test_convolutions_are_merged(tmp_path: Path) -> None:
+    base = make_base("vit")
+    base.save_pretrained(tmp_path / "base")
+    for name, dora in (("plain", False), ("dora", True)):
+        config = LoraConfig(r=3, target_modules=["projection", "v_proj"], use_dora=dora)
+        adapter = save(base, config, tmp_path / name)
+        expected = outputs(PeftModel.from_pretrained(copy.deepcopy(base), adapter), "vit")
+        merged = merge(
+            tmp_path / "base", {"own": str(adapter)}, tmp_path / f"m-{name}", method="task_arithmetic", scaling=1.0
+        )
+        assert relative(outputs(merged.load("own"), "vit"), expected) <= 1e-6
+
+
+def test_thin_adapters_stay_thin(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    opened = open_checkpoint(tmp_path / "base")
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    for kind, rank in (("plain", 3), ("patterns", 5), ("pissa", 6)):
+        folder = save(base, KINDS[kind]("llama"), tmp_path / kind)
+        source = open_adapter(folder, opened, locate(folder))
+        factors = source.factors(weight)
+        assert factors is not None
+        assert factors.rank == rank
+        torch.testing.assert_close(factors.dense(), source.task(weight, opened.read(weight)))
+        assert source.factors("model.norm.weight") is None
+        flat = source.task(weight, opened.read(weight, slice(70, 700)), slice(70, 700))
+        torch.testing.assert_close(flat, factors.dense().flatten()[70:700])
+    dora = save(base, KINDS["dora"]("llama"), tmp_path / "dora")
+    assert open_adapter(dora, opened, locate(dora)).factors(weight) is None
+
+
+def test_fda_merges_adapters(tmp_path: Path) -> None:
+    base = make_base("bert")
+    base.save_pretrained(tmp_path / "base")
+    sources = {
+        kind: str(save(base, KINDS[kind]("bert"), tmp_path / kind, seed))
+        for seed, kind in enumerate(("plain", "dora", "ia3"))
+    }
+    options = {"num_anchors": 4, "num_tokens": 3, "steps": 3, "epochs": 2}
+    merged = merge(tmp_path / "base", sources, tmp_path / "merged", method="fda", **options)
+    assert merged.tasks == ["dora", "ia3", "plain"]
+    assert all(outputs(merged.load(task), "bert").isfinite().all() for task in merged.tasks)
+
+
+class TestRefusals:
+    """Adapters that cannot be merged rightly are refused by name, with nothing written."""
+
+    def refused(self, tmp_path: Path, folder: Path, *said: str) -> None:
+        with pytest.raises(hf_fda.InputError) as caught:
+            merge(tmp_path / "base", {"bad": str(folder)}, tmp_path / "merged", method="linear")
+        for words in ("source 'bad'", *said):
+            assert words in str(caught.value)
+        assert not (tmp_path / "merged").exists()
+
+    @pytest.fixture
+    def adapter(self, tmp_path: Path) -> Path:
+        base = make_base("bert")
+        base.save_pretrained(tmp_path / "base")
+        return save(base, KINDS["plain"]("bert"), tmp_path / "adapter")
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"peft_type": "PROMPT_TUNING"}, ["PROMPT_TUNING", "do not merge into weights"]),
+            ({"use_qalora": True}, ["use_qalora", "not understood"]),
+            ({"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens"]),
+            ({"layer_replication": [[0, 1]]}, ["layer_replication"]),
+            ({"trainable_token_indices": [1]}, ["trainable_token_indices"]),
+            ({"init_lora_weights": "corda"}, ["corda", "path_initial_model_for_weight_conversion"]),
+            ({"init_lora_weights": "pissa_niter_4"}, ["pissa_niter_4"]),
+            ({"of_the_future": 1}, ["of_the_future", "update peft"]),
+            ({"r": 5}, ["does not fit the base"]),
+            ({"target_modules": ["value"]}, ["has no place"]),
+        ],
+    )
+    def test_options(self, tmp_path: Path, adapter: Path, changes: dict[str, Any], said: list[str]) -> None:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        self.refused(tmp_path, adapter, *said)
+
+    def test_another_architecture(self, tmp_path: Path, adapter: Path) -> None:
+        other = save(make_base("llama"), KINDS["plain"]("llama"), tmp_path / "other")
+        self.refused(tmp_path, other, "LlamaForCausalLM")
+
+    def test_another_width(self, tmp_path: Path, adapter: Path) -> None:
+        wide = make_model("bert", hidden_size=48)
+        other = save(wide, LoraConfig(r=3, target_modules=LINEAR["bert"]), tmp_path / "other")
+        self.refused(tmp_path, other, "does not fit the base")
+
+    def test_pickled_weights(self, tmp_path: Path, adapter: Path) -> None:
+        (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+        self.refused(tmp_path, adapter, "adapter_model.safetensors", "never opened")
+
+    def test_a_tensor_that_is_missing(self, tmp_path: Path, adapter: Path) -> None:
+        from safetensors.torch import save_file
+
+        path = adapter / "adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors.pop(next(iter(tensors)))
+        save_file(tensors, path)
+        self.refused(tmp_path, adapter, "lacks tensors")
+
+    def test_a_bias_that_the_base_does_not_have(self, tmp_path: Path) -> None:
+        base = make_base("llama")
+        base.save_pretrained(tmp_path / "base")
+        folder = save(base, KINDS["lora_bias"]("llama"), tmp_path / "adapter")
+        self.refused(tmp_path, folder, "bias", "does not have")
+
+
+def test_norm_names_are_those_of_the_families() -> None:
+    for family, norm in NORM.items():
+        assert any(name.endswith(norm) or f".{norm}." in name for name, _ in make_model(family).named_modules())

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_fda.errors import InputError, nearest
 
-SETTINGS = ("device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code")
+SETTINGS = ("as_adapter", "rank", "energy", "device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code")
 CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", *SETTINGS)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hf_fda import costs
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
@@ -14,8 +15,9 @@ from hf_fda.devices import release_memory
 from hf_fda.errors import RunError
 from hf_fda.planning import out_dtype
 from hf_fda.plans import Plan
+from hf_fda.publish import publish
 from hf_fda.stages import Piece
-from hf_fda.store import WORK, key_of
+from hf_fda.store import WORK, Store, key_of
 from hf_fda.taskvectors import TaskVectors
 from hf_fda.version import versions
 
@@ -49,18 +51,23 @@ class Assembly:
         self.plan, self.vectors = plan, vectors
         self.fingerprints, self.unit_key = dict(fingerprints), unit_key
 
+    @property
+    def parts(self) -> tuple[Shard, ...]:
+        """What is made one by one."""
+        return self.plan.shards
+
+    def publish(self, store: Store) -> None:
+        """Put the finished files in their place and write everything around them."""
+        publish(self.plan, store)
+
     def units_in(self, shard: Shard) -> set[str]:
         """The units that a weight file holds tensors of."""
         recipes = self.plan.result.recipes
         return {recipes[name].unit or "" for group in shard.groups for name in group} - {""}
 
-    def piece(self, shard: Shard, cost: float) -> Piece:
-        """The work of writing one weight file.
-
-        Args:
-            shard: which.
-            cost: of it, compared with other pieces.
-        """
+    def piece(self, shard: Shard) -> Piece:
+        """The work of writing one weight file."""
+        cost = costs.writing(self.plan.inputs, self.plan.result, shard).weight
         staged = f"{STAGED}/{shard.file}"
 
         def make() -> Callable[[Path], None]:

@@ -14,6 +14,7 @@ import yaml
 from hf_fda.version import versions
 
 if TYPE_CHECKING:
+    from hf_fda.adapters.report import AdapterReport
     from hf_fda.anchors.container import AnchorsInfo
 
 
@@ -26,19 +27,20 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """The card of a merged model.
+def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], report: AdapterReport | None = None) -> str:
+    """The card of a merged model or adapter.
 
     Args:
         arguments: the merge as `merge_config.yaml` records it.
         facts: model class, heads, licences, notes: what the plan knows.
+        report: of a merged adapter, what its factors leave out.
     """
     licence, licence_line = output_licence(facts["licences"])
     ids = [arguments["base"], *arguments["sources"].values()]
     metadata: dict[str, Any] = {
         "base_model": list(dict.fromkeys(hub_name(id) for id in ids if hub_name(id))),
         "base_model_relation": "merge",
-        "library_name": "transformers",
+        "library_name": "transformers" if report is None else "peft",
         "tags": ["merge", "hf_fda", arguments["method"]],
     }
     if not metadata["base_model"]:
@@ -46,6 +48,7 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if licence:
         metadata["license"] = licence
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
+    settings |= {name: arguments[name] for name in ("rank", "energy") if name in arguments}
     return _render(
         "merged_model.md.jinja",
         metadata=metadata,
@@ -56,6 +59,7 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         sources=arguments["sources"],
         settings={name: _words(value) for name, value in settings.items()},
         facts=facts,
+        report=report,
         licence_line=licence_line,
     )
 

@@ -71,6 +71,8 @@ def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
     merged = merge(**_agreed_arguments(arguments, loose), quiet=arguments.quiet)
     if not arguments.quiet and is_main():
         print(f"Merged into {merged.folder}")
+        if merged.report is not None:
+            print(merged.report)
         if merged.tasks:
             print(f'  hf_fda.load("{merged.folder}", task="{merged.tasks[0]}")  # {", ".join(merged.tasks)}')
 
@@ -189,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--method", help="merge method (default fda); see hf-fda methods")
         command.add_argument("--output", required=name == "merge", default=None, help="the folder to write")
         command.add_argument("--anchors", action="append", metavar="TASK=DIR", help="anchors made earlier for a source")
+        command.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter, not a full checkpoint")
+        command.add_argument("--rank", type=int, help="of the adapter's factors, at most (default: exact)")
+        command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
         command.add_argument("--dtype", help="type of the written weights (default float32; auto: the base's)")
         command.add_argument("--heads", choices=("keep", "merge"), help="task heads: keep each (default) or merge them")
         command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from hf_fda import costs
+from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.adapting import adapted_unit
 from hf_fda.anchors import AnchorBuilder, UnitAnchors
 from hf_fda.anchors.files import Construction, read_unit, unit_file
@@ -20,7 +22,6 @@ from hf_fda.planning import check_disk
 from hf_fda.plans import Plan
 from hf_fda.processes import Team, together
 from hf_fda.progress import Progress
-from hf_fda.publish import publish
 from hf_fda.sharing import check_same, check_shared
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store, key_of
@@ -49,7 +50,8 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
         with together(plan.device) as team:
             return run(plan, quiet, team)
     team.agree(lambda: check_disk(plan) if team.main else None)
-    total = len(plan.constructions) + len(plan.units) + len(plan.shards)
+    parts = plan.shards if plan.adapter is None else plan.adapter.targets
+    total = len(plan.constructions) + len(plan.units) + len(parts)
     with Progress(total, quiet or not team.main) as progress:
         try:
             engine = Engine(plan, progress, team)
@@ -78,21 +80,22 @@ class Engine:
         self.base = plan.inputs.base
         self.store = Store(plan.output)
         self.vectors = TaskVectors(plan.inputs, plan.device)
-        self.assembly = Assembly(plan, self.vectors, self.fingerprints, lambda unit: self._unit_keys[unit.name])
+        kind = Assembly if plan.adapter is None else AdapterAssembly
+        self.assembly: Assembly | AdapterAssembly = kind(
+            plan, self.vectors, self.fingerprints, lambda unit: self._unit_keys[unit.name]
+        )
 
     def merge(self) -> None:
         """Construct, adapt, assemble, publish: each stage begins when all processes have ended the one before."""
-        writing = [
-            self.assembly.piece(shard, costs.writing(self.plan.inputs, self.plan.result, shard).weight)
-            for shard in self.plan.shards
-        ]
+        parts: Any = self.assembly.parts
+        writing = [self.assembly.piece(part) for part in parts]
         written = find_finished(writing, self.store, self.team)
         self._construct()
-        unwritten = [shard for shard, done in zip(self.plan.shards, written, strict=True) if not done]
-        self._adapt({unit for shard in unwritten for unit in self.assembly.units_in(shard)})
+        unwritten = [part for part, done in zip(parts, written, strict=True) if not done]
+        self._adapt({unit for part in unwritten for unit in self.assembly.units_in(part)})
         self._work_off(writing, written)
         if self.team.main:
-            publish(self.plan, self.store)
+            self.assembly.publish(self.store)
         moved = self.team.gather(self.vectors.moved)
         if self.team.main:
             warn_of_equals(moved)
@@ -104,7 +107,8 @@ class Engine:
             f"the weights of source '{name}'" if name else "the base's weights": found
             for name, found in self.fingerprints.items()
         }
-        work = [unit.name for unit in plan.units], [shard.file for shard in plan.shards]
+        targets = () if plan.adapter is None else plan.adapter.targets
+        work = [unit.name for unit in plan.units], [shard.file for shard in plan.shards], [t.name for t in targets]
         return {
             "the arguments": key_of(plan.arguments),
             **weights,

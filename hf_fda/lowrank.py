@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_fda.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,84 @@ def spectrum(factors: LowRank) -> Spectrum:
     q_right, r_right = torch.linalg.qr(factors.right.mT)
     u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
     return Spectrum(q_left @ u, s, vh @ q_right.mT, factors.shape)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large an adapter's factors may be: a rank, a fraction of the squared norm to keep, or exact."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+    @classmethod
+    def checked(cls, rank: Any, energy: Any) -> Budget:
+        """A budget from what a user says.
+
+        Raises:
+            InputError: when the rank is no whole number from 1 up, or the energy no fraction.
+        """
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise InputError(f"rank must be a whole number, at least 1, or None for an exact adapter; not {rank!r}")
+        if energy is not None:
+            number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
+            if not number or not 0 < energy <= 1:
+                raise InputError(f"energy must be a fraction above 0, at most 1; not {energy!r}")
+        return cls(rank, None if energy is None else float(energy))
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A tensor in two factors, and the Frobenius norm of what they leave out, as a fraction of the tensor's."""
+
+    product: LowRank
+    error: float
+    norm: float
+
+
+RANDOMISED = 1024
+"""A dense matrix whose smaller side is longer is decomposed by random projection where little of it is kept."""
+
+
+def factorise(tensor: LowRank | Tensor, budget: Budget, limit: int) -> Factored:
+    """The nearest product of thin factors within a budget.
+
+    Thin factors are never multiplied out. Exact ones (no rank, no energy) lose only directions that are zero but for
+    rounding.
+
+    Args:
+        tensor: a product, or a dense tensor of two dimensions, or more that count as one (a convolution's).
+        budget: how much may be kept.
+        limit: ranks above this are cut where no rank is given.
+    """
+    if isinstance(tensor, LowRank):
+        found = spectrum(tensor)
+    else:
+        matrix = tensor.flatten(1) if tensor.ndim == 4 else tensor
+        kept = min(budget.rank or limit, limit)
+        if min(matrix.shape[-2:]) > RANDOMISED and matrix.ndim == 2 and 4 * kept < min(matrix.shape):
+            return _randomised(matrix, tensor.shape, budget, kept)
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        found = Spectrum(u, s, vh, tuple(tensor.shape))
+    rank = min(budget.rank or limit, limit, max(1, found.numerical_rank()))
+    if budget.energy is not None:
+        rank = min(rank, found.rank_for(budget.energy))
+    return Factored(found.truncated(rank), found.error(rank), float(found.s.square().sum()) ** 0.5)
+
+
+def _randomised(matrix: Tensor, shape: Sequence[int], budget: Budget, kept: int) -> Factored:
+    """By subspace iteration from a few more random directions than are kept (Halko et al., arXiv 0909.4061)."""
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    columns = min(kept + 10, min(matrix.shape))
+    basis = torch.randn(matrix.shape[1], columns, generator=generator, device=matrix.device, dtype=matrix.dtype)
+    left = torch.linalg.qr(matrix @ basis)[0]
+    for _ in range(4):
+        left = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ left)[0])[0]
+    u, s, vh = torch.linalg.svd(left.mT @ matrix, full_matrices=False)
+    found = Spectrum(left @ u, s, vh, tuple(shape))
+    whole = float(matrix.square().sum())
+    rank = kept
+    if budget.energy is not None:
+        share = s.double().square().cumsum(0) / max(whole, torch.finfo(torch.float64).tiny)
+        rank = min(kept, int((share < budget.energy).sum()) + 1)
+    error = max(whole - float(s[:rank].square().sum()), 0.0)
+    return Factored(found.truncated(rank), (error / whole) ** 0.5 if whole else 0.0, whole**0.5)

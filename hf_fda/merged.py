@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_fda.adapters.files import CONFIG, WEIGHTS
+from hf_fda.adapters.report import AdapterReport, read_report
 from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, model_class_of
@@ -32,6 +35,12 @@ class Merged:
     def tasks(self) -> list[str]:
         """Tasks whose own heads lie beside the merged body."""
         return sorted(path.parent.name for path in self.folder.glob(f"{HEADS}/*/config.json"))
+
+    @property
+    def report(self) -> AdapterReport | None:
+        """Of a merged adapter, what its factors leave out; None of a whole model."""
+        path = self.folder / "adapter_report.json"
+        return read_report(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def load(self, task: str | None = None, **kwargs: Any) -> PreTrainedModel:
         """The transformers model, as `load`."""
@@ -64,24 +73,30 @@ def load(
     task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    base: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a merged model, with a task's own head where it has heads.
+    """Load a merged model, or a merged adapter on its base, with a task's own head where it has heads.
 
     Args:
         source: the merged folder, or its Hub id.
         task: one of the heads in `task_heads/`; None gives the merged body alone.
         revision: Hub revision.
         trust_remote_code: run model code that comes with the checkpoint.
+        base: of a merged adapter, where its base is now; None: where it was when the adapter was made.
         kwargs: passed on to `from_pretrained` (dtype, device_map, attn_implementation).
 
     Returns:
-        the model, in evaluation mode.
+        the model, in evaluation mode; of a merged adapter a `PeftModel`.
 
     Raises:
-        InputError: when there is no such model or task.
+        InputError: when there is no such model, task or base.
     """
     location = locate(source, revision)
+    if CONFIG in location.names and "config.json" not in location.names:
+        return _adapted(location, task, base, trust_remote_code, kwargs)
+    if base is not None:
+        raise InputError(f"{source}: is a whole model; base is for merged adapters")
     if "config.json" not in location.names:
         raise InputError(f"{source}: no finished model in it (no config.json); run its merge to the end first")
     if task is None:
@@ -91,11 +106,40 @@ def load(
         if location.folder is None:
             kwargs["revision"] = location.commit
         return model_class.from_pretrained(where, config=config, **kwargs)
+    _check_task(location, task)
+    return _with_head(location, task, FileCheckpoint(location, trust_remote_code), trust_remote_code, kwargs)
+
+
+def _check_task(location: Location, task: str) -> None:
     known = tasks_of(location)
     if task not in known:
         listed = nearest(task, known) if known else "it has no task heads; leave the task out."
-        raise InputError(f"{source}: no head for task '{task}': {listed}")
-    return _with_head(location, task, trust_remote_code, kwargs)
+        raise InputError(f"{location.id}: no head for task '{task}': {listed}")
+
+
+def _adapted(
+    location: Location, task: str | None, base: str | os.PathLike[str] | None, trust_remote_code: bool, kwargs: Any
+) -> Any:
+    """A merged adapter on its base, with a task's own head."""
+    from peft import PeftModel
+
+    config = location.json(CONFIG)
+    stated = config["base_model_name_or_path"] + (f"@{config['revision']}" if config.get("revision") else "")
+    try:
+        body = FileCheckpoint(locate(base or stated), trust_remote_code)
+    except InputError as error:
+        raise InputError(f"{location.id}: its base cannot be opened ({error}); say where it is: base=...") from None
+    if task is None:
+        where = body.location
+        assert where is not None
+        model_class = getattr(transformers, config["auto_mapping"]["base_model_class"])
+        kwargs = {"revision": where.commit, **kwargs} if where.folder is None else kwargs
+        model = model_class.from_pretrained(str(where.folder or where.repo_id), **kwargs)
+    else:
+        _check_task(location, task)
+        model = _with_head(location, task, body, trust_remote_code, kwargs)
+    location.path(WEIGHTS)
+    return PeftModel.from_pretrained(model, str(location.path(CONFIG).parent)).eval()
 
 
 def tasks_of(location: Location) -> list[str]:
@@ -111,8 +155,10 @@ def _config(location: Location, name: str, trust_remote_code: bool) -> Any:
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _with_head(location: Location, task: str, trust_remote_code: bool, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The task's own class, its body from the merged model and everything after the last block from its head.
+def _with_head(
+    location: Location, task: str, body: FileCheckpoint, trust_remote_code: bool, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """The task's own class, its body from a checkpoint and everything after the last block from its head.
 
     Both are brought to the class's names in memory first: on disk they may bear other prefixes, and where both hold a
     tensor it is the head's that counts.
@@ -122,7 +168,6 @@ def _with_head(location: Location, task: str, trust_remote_code: bool, kwargs: d
     where = str(location.folder or location.repo_id)
     model_class = model_class_of(config, where, trust_remote_code, location.commit)
     layout = ModelLayout(config, model_class)
-    body = FileCheckpoint(location, trust_remote_code)
     names = match_names(layout.names, layout.body_prefixes, body.names, body.layout.body_prefixes)
     own = _head_tensors(location.path(f"{head}/model.safetensors"), layout)
     state = own | {name: body.read(other) for name, other in names.items() if name not in own}

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from hf_fda.adapters.targets import plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
@@ -19,6 +20,7 @@ from hf_fda.errors import InputError, few, nearest
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, Source, open_inputs
+from hf_fda.lowrank import Budget
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import predict
@@ -46,6 +48,8 @@ def plan(
     *,
     anchors: Mapping[str, Any] | None = None,
     heads: str = "keep",
+    rank: int | None = None,
+    energy: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     trust_remote_code: bool = False,
     processes: int | None = None,
@@ -68,6 +72,9 @@ def plan(
         seed: of everything random.
         anchors: anchors constructed earlier, by the name of a source that is given as weights.
         heads: "keep" each source's task head beside the merged body, or "merge" heads of one task into one.
+        rank: of a merged adapter's factors, at most. None: as much as the sources' ranks together, which is exact
+            wherever the merge is a linear combination.
+        energy: the fraction of the squared norm that a merged adapter's factors keep, module by module.
         max_shard_bytes: size of a weight file.
         trust_remote_code: run model code that comes with the checkpoints.
         processes: predict how long the merge takes on so many processes (the plan's `time`); this measures the speed
@@ -78,10 +85,10 @@ def plan(
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
     config = resolve_method(method, options)
-    if as_adapter or data is not None:
-        name = "as_adapter=True" if as_adapter else "data"
-        raise InputError(f"{name}: method '{config.name}' merges full checkpoints from weights alone; leave it out")
+    if data is not None:
+        raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
     _check_settings(dtype, heads, seed, max_shard_bytes)
+    budget = _budget(as_adapter, rank, energy)
     folder = new_folder(output)
     chosen = resolve_device(device)
     inputs = open_inputs(base, sources, anchors, trust_remote_code)
@@ -90,7 +97,8 @@ def plan(
     units = _units(config, inputs)
     result = decide(inputs, config, units, cast(Heads, heads))
     out_dtype = DTYPES.get(dtype)
-    shards = plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
+    adapter = None if budget is None else plan_adapter(inputs, result, budget)
+    shards = () if adapter is not None else plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
     checked = Plan(
         inputs=inputs,
         config=config,
@@ -102,10 +110,11 @@ def plan(
         device=chosen,
         seed=int(seed),
         heads=cast(Heads, heads),
-        arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes),
+        arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
         peak_memory_bytes=peak_memory_bytes(inputs, config, units, result),
         disk_bytes=disk_bytes(inputs, config, units, shards),
         notes=tuple(_notes(inputs, config, result)),
+        adapter=adapter,
     )
     return checked if processes is None else replace(checked, time=predict(checked, processes))
 
@@ -136,6 +145,16 @@ def _check_settings(dtype: Any, heads: Any, seed: Any, max_shard_bytes: Any) -> 
     for name, value, least in (("seed", seed, 0), ("max_shard_bytes", max_shard_bytes, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be a whole number, at least {least}, not {value!r}")
+
+
+def _budget(as_adapter: Any, rank: Any, energy: Any) -> Budget | None:
+    """How large a merged adapter's factors may be; None where no adapter is written."""
+    if not as_adapter:
+        for name, value in (("rank", rank), ("energy", energy)):
+            if value is not None:
+                raise InputError(f"{name} is of a merged adapter's factors; it needs as_adapter=True (--as-adapter)")
+        return None
+    return Budget.checked(rank, energy)
 
 
 def _check_apart(output: Path, inputs: Inputs) -> None:
@@ -207,6 +226,7 @@ def _record(
     seed: int,
     heads: str,
     max_shard_bytes: int,
+    budget: Budget | None,
 ) -> dict[str, Any]:
     """The merge as plain values: the content of `merge_config.yaml`."""
     record: dict[str, Any] = {
@@ -224,6 +244,8 @@ def _record(
         "heads": heads,
         "max_shard_bytes": max_shard_bytes,
     }
+    if budget is not None:
+        record |= {"as_adapter": True, "rank": budget.rank, "energy": budget.energy}
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
     return {**record, "anchors": given} if given else record
 

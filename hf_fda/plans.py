@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from hf_fda.adapters import AdapterCheckpoint
+from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
+from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import MethodConfig
@@ -20,7 +23,8 @@ from hf_fda.recipes import Heads, Output
 class Plan:
     """A merge, checked. `print(plan)` tells what will happen; `hf_fda.engine.run(plan)` does it.
 
-    `units` are what function-space methods merge one by one; `shards` the weight files that will be written;
+    `units` are what function-space methods merge one by one; `shards` the weight files that will be written, or
+    `adapter` the adapter;
     `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `time`
     is how long it will take, where that was asked for; `notes` say what a user may not expect.
     """
@@ -39,6 +43,7 @@ class Plan:
     peak_memory_bytes: int
     disk_bytes: int
     notes: tuple[str, ...] = field(default=())
+    adapter: AdapterPlan | None = None
     time: Prediction | None = None
 
     @property
@@ -65,7 +70,7 @@ class Plan:
         for source in self.inputs.sources:
             head = next((head for head in self.result.heads if head.task == source.name), None)
             kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
-            what = "anchors only" if source.weights is None else source.weights.checkpoint.layout.model_class.__name__
+            what = "anchors only" if source.weights is None else _kind(source.weights.checkpoint)
             lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
         options = {name: value for name, value in self.config.options().items() if value is not None}
         lines.append("  options   " + ", ".join(f"{name}={_brief(value)}" for name, value in options.items()))
@@ -88,11 +93,20 @@ class Plan:
         return f"{len(self.constructions)} constructions, {len(self.units)} adaptations; {tensors}"
 
     def _writes(self) -> list[str]:
-        size = readable_size(sum(shard.nbytes for shard in self.shards))
-        shards = f"{len(self.shards)} weight file{'s' if len(self.shards) > 1 else ''} ({size})"
         heads = [f"task_heads/{head.task}" for head in self.result.heads]
         anchors = [f"anchors/{source.name}" for source in self.inputs.sources if self.units and source.anchors is None]
-        return [shards, "config.json", "merge_config.yaml", "README.md", *heads, *anchors]
+        return [*self._weights(), "merge_config.yaml", "README.md", *heads, *anchors]
+
+    def _weights(self) -> list[str]:
+        if self.adapter is not None:
+            return [f"an adapter that changes {len(self.adapter.targets)} tensors", "adapter_report.json"]
+        size = readable_size(sum(shard.nbytes for shard in self.shards))
+        return [f"{len(self.shards)} weight file{'s' if len(self.shards) > 1 else ''} ({size})", "config.json"]
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    name = checkpoint.layout.model_class.__name__
+    return f"{checkpoint.files.kind} adapter of a {name}" if isinstance(checkpoint, AdapterCheckpoint) else name
 
 
 def _brief(value: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from hf_fda.adapters.report import AdapterReport
 from hf_fda.cards import model_card
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.location import INDEX
@@ -55,19 +56,43 @@ def publish(plan: Plan, store: Store) -> None:
     _remove_stale(plan, store)
     if len(plan.shards) > 1:
         store.write_text(INDEX, shard_index(plan.shards))
+    write_heads(plan, store)
+    copy_processors(plan)
+    config = _output_config(plan)
+    write_record(plan, store)
+    store.write_text("config.json", config)
+    clean(store)
+
+
+def write_record(plan: Plan, store: Store, report: AdapterReport | None = None) -> None:
+    """Write how the merge is made again, and the card.
+
+    Args:
+        plan: what was done.
+        store: the output folder.
+        report: of a merged adapter, what its factors leave out.
+    """
+    store.write_text("merge_config.yaml", merge_yaml(plan))
+    store.write_text("README.md", model_card(plan.arguments, card_facts(plan), report))
+
+
+def clean(store: Store) -> None:
+    """Remove the work in progress of a merge that is finished."""
+    for name in ("staged", "blocks", "partial"):
+        shutil.rmtree(store.work / name, ignore_errors=True)
+    shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
+
+
+def write_heads(plan: Plan, store: Store) -> None:
+    """Write what is each task's own, and remove the heads of an earlier merge."""
     for source in plan.inputs.weighted:
         for head in plan.result.heads:
             if head.task == source.name:
                 _write_head(store, source, head)
-    _copy_processors(plan)
-    config = _output_config(plan)
-    store.write_text("merge_config.yaml", merge_yaml(plan))
-    store.write_text("README.md", model_card(plan.arguments, card_facts(plan)))
-    store.write_text("config.json", config)
-    shutil.rmtree(store.work / "staged", ignore_errors=True)
-    shutil.rmtree(store.work / "blocks", ignore_errors=True)
-    shutil.rmtree(store.work / "partial", ignore_errors=True)
-    shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
+    heads = {head.task for head in plan.result.heads}
+    for folder in (plan.output / "task_heads").glob("*"):
+        if folder.name not in heads:
+            store.remove(str(Path("task_heads") / folder.name))
 
 
 def merge_yaml(plan: Plan) -> str:
@@ -82,7 +107,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         **{source.name: source.checkpoint for source in plan.inputs.weighted},
     }
     return {
-        "model_class": plan.result.layout.model_class.__name__,
+        "model_class": (plan.adapter or plan.result).layout.model_class.__name__,
         "model_type": plan.result.layout.config.model_type,
         "heads": [head.task for head in plan.result.heads],
         "summary": plan.config.summary,
@@ -133,7 +158,8 @@ def _write_head(store: Store, source: AlignedSource, head: TaskHead) -> None:
     store.write_text(f"{folder}/config.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
-def _copy_processors(plan: Plan) -> None:
+def copy_processors(plan: Plan) -> None:
+    """Copy tokenizer and the like from the base."""
     location = plan.inputs.base.location
     if location is None:
         return
@@ -146,14 +172,10 @@ def _copy_processors(plan: Plan) -> None:
 
 
 def _remove_stale(plan: Plan, store: Store) -> None:
-    """Remove weight files and heads of an earlier merge in this folder that this one does not have."""
+    """Remove weight files of an earlier merge in this folder that this one does not have."""
     files = {shard.file for shard in plan.shards}
     for path in plan.output.glob("model*.safetensors"):
         if path.name not in files:
             store.remove(path.name)
     if len(plan.shards) == 1:
         (plan.output / INDEX).unlink(missing_ok=True)
-    heads = {head.task for head in plan.result.heads}
-    for folder in (plan.output / "task_heads").glob("*"):
-        if folder.name not in heads:
-            store.remove(str(Path("task_heads") / folder.name))

@@ -11,9 +11,10 @@ from torch import Tensor
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.errors import RunError
 from hf_fda.inputs import Inputs
+from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.progress import logger
-from hf_fda.tensorwise import PART, apply_method, by_entry
+from hf_fda.tensorwise import PART, apply_method, apply_to_factors, by_entry
 
 
 class TaskVectors:
@@ -81,6 +82,35 @@ class TaskVectors:
             base, tasks = self.read(name, exact, part)
             merged[part] = base.add_(config.merge(base, tasks))
         return merged.view(shape)
+
+    def merged_factors(self, name: str, config: MethodConfig) -> LowRank | None:
+        """The merged task vector of a tensor as thin factors, on the CPU, where it comes out as such without being
+        dense in between; else None. At least one source moves the tensor.
+
+        Args:
+            name: the base's name of it.
+            config: the method.
+        """
+        tasks: list[LowRank | None] = []
+        for source in self.inputs.weighted:
+            own = source.factors(name) if source.may_move(name) else None
+            if own is None and source.may_move(name):
+                return None
+            tasks.append(None if own is None else own.to(self.device, torch.float32))
+            self.moved[source.name] = self.moved.get(source.name, False) or own is not None
+        role = self.base.layout.roles[name]
+        found = apply_to_factors(config, self.base.shape(name), tasks, role)
+        return None if found is None else found.to("cpu", torch.float32)
+
+    def merged_task(self, name: str, config: MethodConfig) -> Tensor:
+        """The merged task vector of a tensor, dense, in float32 on the CPU.
+
+        Args:
+            name: the base's name of it.
+            config: the method.
+        """
+        base, tasks = self.read(name, torch.float32)
+        return apply_method(config, base, tasks, self.base.layout.roles[name]).cpu()
 
     def soup(self, name: str, config: MethodConfig) -> Tensor:
         """The mean of a tensor that the base does not have, by the sources' own name."""

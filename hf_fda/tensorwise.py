@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fda.checkpoint.layout import Role
+from hf_fda.lowrank import LowRank, add
 from hf_fda.merge_methods import MethodConfig
 
 PART = 2**20
@@ -33,3 +34,34 @@ def apply_method(config: MethodConfig, base: Tensor, tasks: Sequence[Tensor], ro
     if role == "stack":
         return torch.stack([config.merge(base[i], [task[i] for task in tasks]) for i in range(len(base))])
     return config.merge(base, tasks)
+
+
+def apply_to_factors(
+    config: MethodConfig, shape: tuple[int, ...], tasks: Sequence[LowRank | None], role: Role
+) -> LowRank | None:
+    """A method's merged task tensor from thin task vectors, without any dense one; None where that cannot be done.
+
+    Linear combinations put the factors beside each other. Methods that do not depend on the bases merge the small
+    cores between orthonormal bases of all that the task vectors span.
+
+    Args:
+        config: the method.
+        shape: of the tensor.
+        tasks: K task vectors; None for one that is zero. One at least is not.
+        role: of the tensor.
+    """
+    there = [task for task in tasks if task is not None]
+    factors = config.coefficients(len(tasks))
+    if factors is not None:
+        pairs = zip(tasks, factors, strict=True)
+        return add([task.scaled(factor) for task, factor in pairs if task is not None])
+    if not config.rotates or role not in ("linear", "conv1d") or sum(task.rank for task in there) >= min(shape):
+        return None
+    left, right = (torch.linalg.qr(part)[0] for part in (add(there).left, add(there).right.mT))
+    nothing = left.new_zeros(left.shape[1], right.shape[1])
+    cores = [nothing if task is None else (left.mT @ task.left) @ (task.right @ right) for task in tasks]
+    if role == "conv1d":
+        core = config.merge(torch.empty(shape[::-1], device="meta"), [core.mT for core in cores]).mT
+    else:
+        core = config.merge(torch.empty(shape, device="meta"), cores)
+    return LowRank(left @ core, right.mT, shape)

@@ -23,7 +23,7 @@ from peft import (
 from torch import Tensor
 
 LINEAR: dict[str, list[str]] = {
-    "bert": ["value", "dense"],
+    "bert": ["value", "intermediate.dense"],
     "llama": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
     "vit": ["v_proj", "fc1"],

@@ -41,7 +41,7 @@ def test_one_adapter_with_weight_one_gives_its_own_function(family: str, kind: s
     reference = PeftModel.from_pretrained(copy.deepcopy(base), adapter)
     expected = outputs(reference, family)
     assert relative(outputs(base, family), expected) > 1e-3, "the adapter does nothing, so that the test shows nothing"
-    assert relative(outputs(merged.load(task), family), expected) <= 1e-6
+    assert relative(outputs(merged.load(task), family), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "tsv", "isotropic", "wudi"])

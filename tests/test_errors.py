@@ -402,7 +402,6 @@ def test_an_adapter_as_the_base_is_refused(pair: Place) -> None:
     pair.refused("base", "PEFT adapter", "an adapter is a source", base=pair.root / "adapter")
 
 
-
 def test_a_folder_without_weights_is_refused(pair: Place) -> None:
     (pair.source / "model.safetensors").unlink()
     pair.refused("source 'source'", "no model.safetensors")

@@ -38,6 +38,11 @@ class Change(ABC):
     needs_base: bool = False
     """Whether factors depend on the base's tensor."""
 
+    @property
+    def rank(self) -> int | None:
+        """The rank of the factors; None where there are none."""
+        return None
+
 
 @dataclass
 class Thin(Change):
@@ -53,6 +58,11 @@ class Thin(Change):
         """The product's factors."""
         return self.product
 
+    @property
+    def rank(self) -> int:
+        """The adapter's rank."""
+        return self.product.rank
+
 
 @dataclass
 class Residual(Change):
@@ -62,6 +72,11 @@ class Residual(Change):
     layer: LoraLayer
     method: str
     needs_base = True
+
+    @property
+    def rank(self) -> int:
+        """Twice the adapter's rank."""
+        return 2 * self.product.rank
 
     def task(self, base: Tensor) -> Tensor:
         """The product less the initial one."""

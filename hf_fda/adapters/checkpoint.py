@@ -92,12 +92,21 @@ class AdapterCheckpoint:
             self._dense = (name, change.task(whole).flatten())
         return self._dense[1][part].clone()
 
+    def may_move(self, name: str) -> bool:
+        """Whether the adapter changes a tensor."""
+        return name in self.changes
+
     def factors(self, name: str) -> LowRank | None:
         """A tensor's task vector as thin factors; None where the adapter does not change it, or by no thin product."""
         change = self.changes.get(name)
         if change is None:
             return None
         return change.factors(self.base.read(self._base_name[name]) if change.needs_base else None)
+
+    def rank(self, name: str) -> int | None:
+        """The rank of these factors."""
+        change = self.changes.get(name)
+        return None if change is None else change.rank
 
     def fingerprint(self) -> str:
         """A hash that changes when adapter or base do."""

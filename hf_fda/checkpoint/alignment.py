@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import InputError, few
+from hf_fda.lowrank import LowRank
 
 SHAPELESS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "hidden_act")
 """Settings that change what a model computes but no tensor's shape."""
@@ -37,6 +38,18 @@ class AlignedSource:
     def task(self, base_name: str, base: Tensor, part: slice | None = None) -> Tensor:
         """The source's task vector for one of the base's tensors, as `Checkpoint.task`."""
         return self.checkpoint.task(self.tensor_of[base_name], base, part)
+
+    def may_move(self, base_name: str) -> bool:
+        """Whether the source may differ from the base in a tensor."""
+        return base_name in self.tensor_of and self.checkpoint.may_move(self.tensor_of[base_name])
+
+    def factors(self, base_name: str) -> LowRank | None:
+        """The source's task vector for one of the base's tensors as thin factors, where it is known as such."""
+        return self.checkpoint.factors(self.tensor_of[base_name])
+
+    def rank(self, base_name: str) -> int | None:
+        """The rank of these factors."""
+        return self.checkpoint.rank(self.tensor_of[base_name])
 
     def dtype(self, base_name: str) -> torch.dtype:
         """The stored type of the source's tensor for one of the base's."""

@@ -17,6 +17,7 @@ from hf_fda.checkpoint.header import TensorEntry, read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, TensorGroup, model_class_of
 from hf_fda.checkpoint.location import Location, locate
 from hf_fda.errors import InputError, few
+from hf_fda.lowrank import LowRank
 
 
 class Checkpoint(Protocol):
@@ -72,6 +73,18 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def may_move(self, name: str) -> bool:
+        """Whether a tensor may differ from the base's; told without reading it."""
+        ...
+
+    def factors(self, name: str) -> LowRank | None:
+        """A tensor's task vector as thin factors; None where it is not known as such."""
+        ...
+
+    def rank(self, name: str) -> int | None:
+        """The rank of these factors, told without reading anything."""
+        ...
+
     def fingerprint(self) -> str:
         """A hash that changes when the weights do."""
         ...
@@ -88,6 +101,18 @@ class ReadCheckpoint:
         """As `Checkpoint.task`."""
         own = self.read(name, part)
         return own.to(base.device, torch.promote_types(own.dtype, base.dtype)).sub_(base).to(base.dtype)
+
+    def may_move(self, name: str) -> bool:
+        """As `Checkpoint.may_move`: any may."""
+        return True
+
+    def factors(self, name: str) -> LowRank | None:
+        """As `Checkpoint.factors`: none is known."""
+        return None
+
+    def rank(self, name: str) -> int | None:
+        """As `Checkpoint.rank`: none is known."""
+        return None
 
 
 class FileCheckpoint(ReadCheckpoint):

@@ -36,6 +36,9 @@ class MethodConfig:
     elementwise: ClassVar[bool] = True
     """Each output entry depends on the same entry of the inputs alone. Such a method is computed in float64,
     which makes `theta_0 + (theta_1 - theta_0)` give back theta_1 bit for bit."""
+    rotates: ClassVar[bool] = False
+    """Merging matrices in other orthonormal bases is the same as merging them and changing the bases then, and of the
+    base only the shape counts. Thin task vectors are merged in the bases of what they span."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -60,6 +63,14 @@ class MethodConfig:
     def options(self) -> dict[str, Any]:
         """The options as plain values, for a YAML file or a card."""
         return {name: plain(getattr(self, name)) for name in self.option_fields()}
+
+    def coefficients(self, count: int) -> tuple[float, ...] | None:
+        """The factors of the sources' task vectors, where the merged one is a linear combination of them; else None.
+
+        Args:
+            count: K, the number of sources.
+        """
+        return None
 
     def merge(self, base: Tensor, tasks: Sequence[Tensor]) -> Tensor:
         """The merged task tensor of one tensor. Pure: neither argument is changed.

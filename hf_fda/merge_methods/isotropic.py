@@ -22,6 +22,7 @@ class IsotropicConfig(TaskVectorConfig):
     summary: ClassVar[str] = "summed task matrices with all singular values set to their mean (Iso-C)"
     paper: ClassVar[str] = "No task left behind: isotropic model merging, arXiv 2502.04959"
     elementwise: ClassVar[bool] = False
+    rotates: ClassVar[bool] = True
 
 
 @register(IsotropicConfig)

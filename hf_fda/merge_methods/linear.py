@@ -33,6 +33,17 @@ class LinearConfig(MethodConfig):
         if values and self.normalize and sum(values) == 0:
             raise InputError("linear: the weights sum to zero; pass normalize=False or other weights")
 
+    def coefficients(self, count: int) -> tuple[float, ...]:
+        """``w_i / sum_i w_i``, or ``w_i`` without `normalize`.
+
+        Raises:
+            InputError: when the weights are still given by source name.
+        """
+        if isinstance(self.weights, dict):
+            raise InputError("linear: weights by name need the names of the sources")
+        weights = (1.0,) * count if self.weights is None else self.weights
+        return tuple(weight / sum(weights) for weight in weights) if self.normalize else weights
+
 
 @register(LinearConfig)
 def linear(base: Tensor, tasks: Sequence[Tensor], config: LinearConfig) -> Tensor:

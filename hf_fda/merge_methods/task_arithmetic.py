@@ -23,6 +23,10 @@ class TaskArithmeticConfig(TaskVectorConfig):
 
     scaling: float = option(0.4, "lambda: factor of the sum of the task vectors")
 
+    def coefficients(self, count: int) -> tuple[float, ...]:
+        """``lambda w_i``."""
+        return tuple(self.scaling * weight for weight in self.source_weights() or (1.0,) * count)
+
 
 @register(TaskArithmeticConfig)
 def task_arithmetic(base: Tensor, tasks: Sequence[Tensor], config: TaskArithmeticConfig) -> Tensor:

@@ -22,6 +22,7 @@ class TSVConfig(TaskVectorConfig):
     summary: ClassVar[str] = "orthogonalised leading singular directions of every task (TSV-M)"
     paper: ClassVar[str] = "Task Singular Vectors, arXiv 2412.00081"
     elementwise: ClassVar[bool] = False
+    rotates: ClassVar[bool] = True
 
     rank_fraction: float | None = option(
         None,

@@ -1,0 +1,187 @@
+"""Writing a merged adapter: each tensor factored on its own, then all of them in PEFT's form."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fda.adapters.files import CONFIG, WEIGHTS
+from hf_fda.adapters.report import AdapterReport, ModuleReport
+from hf_fda.adapters.saving import adapter_config, adapter_tensors, config_text
+from hf_fda.adapters.targets import AdapterPlan, Target
+from hf_fda.assembly import BLOCKS
+from hf_fda.blocks import Unit
+from hf_fda.checkpoint.header import read_header, read_tensor
+from hf_fda.checkpoint.writer import save_tensors
+from hf_fda.errors import RunError
+from hf_fda.lowrank import LowRank, factorise
+from hf_fda.plans import Plan
+from hf_fda.publish import clean, copy_processors, write_heads, write_record
+from hf_fda.stages import Piece
+from hf_fda.store import WORK, Store, key_of
+from hf_fda.taskvectors import TaskVectors
+from hf_fda.version import versions
+
+FACTORS = f"{WORK}/factors"
+"""Where factored tensors wait until all are there."""
+
+REPORT = "adapter_report.json"
+"""What the factors leave out, beside the adapter."""
+
+
+class AdapterAssembly:
+    """The adapter of one plan.
+
+    Args:
+        plan: what to write; its `adapter` is set.
+        vectors: reads base and sources.
+        fingerprints: hashes of base and sources.
+        unit_key: the hash of everything that determines an adapted unit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        vectors: TaskVectors,
+        fingerprints: Mapping[str, str],
+        unit_key: Callable[[Unit], str],
+    ) -> None:
+        assert plan.adapter is not None
+        self.plan, self.vectors = plan, vectors
+        self.adapter: AdapterPlan = plan.adapter
+        self.fingerprints, self.unit_key = dict(fingerprints), unit_key
+        self.units = {unit.name: unit for unit in plan.units}
+        self.recipes = {plan.result.base_names[name]: recipe for name, recipe in plan.result.recipes.items()}
+
+    @property
+    def parts(self) -> tuple[Target, ...]:
+        """What is made one by one; nothing where an earlier run finished the adapter."""
+        return () if self._finished else self.adapter.targets
+
+    @cached_property
+    def _finished(self) -> bool:
+        return (self.plan.output / CONFIG).is_file() and Store(self.plan.output).finished(WEIGHTS, self._whole_key)
+
+    @cached_property
+    def _whole_key(self) -> str:
+        return key_of([self._key(target) for target in self.adapter.targets], str(self.plan.dtype))
+
+    def units_in(self, target: Target) -> set[str]:
+        """The unit that a tensor is adapted with, if it is."""
+        return {self.recipes[target.base_name].unit or ""} - {""}
+
+    def piece(self, target: Target) -> Piece:
+        """The work of merging and factoring one tensor."""
+        file = f"{FACTORS}/{target.base_name}.safetensors"
+
+        def make() -> Callable[[Path], None]:
+            tensors, facts = self._made(target)
+            return lambda path: save_tensors(path, tensors, {"facts": json.dumps(facts)})
+
+        shape = self.plan.inputs.base.shape(target.base_name)
+        cost = float(torch.Size(shape).numel() * (min(shape) if len(shape) > 1 else 1))
+        return Piece(f"factor {target.name}", file, self._key(target), cost, make)
+
+    def _key(self, target: Target) -> str:
+        recipe, budget = self.recipes[target.base_name], self.adapter.budget
+        rule = recipe.rule, recipe.config and (recipe.config.name, recipe.config.options())
+        units = [self.unit_key(self.units[name]) for name in self.units_in(target)]
+        own = target.base_name, target.form, target.limit, budget.rank, budget.energy
+        return key_of("factors", own, rule, units, self.fingerprints, versions())
+
+    def _made(self, target: Target) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The tensors that stand for one merged tensor, and what they leave out."""
+        task = self._task(target)
+        if target.form != "factors":
+            assert isinstance(task, Tensor)
+            base = self.plan.inputs.base.read(target.base_name).float()
+            return {"tensor": task if target.form == "bias" else base + task}, {}
+        found = factorise(task, self.adapter.budget, target.limit)
+        product = found.product
+        return {"left": product.left, "right": product.right}, {"error": found.error, "norm": found.norm}
+
+    def _task(self, target: Target) -> LowRank | Tensor:
+        """The merged task vector of a tensor: as factors where it comes out thin.
+
+        Raises:
+            RunError: when it is not finite.
+        """
+        recipe, name = self.recipes[target.base_name], target.base_name
+        task: LowRank | Tensor | None = None
+        if recipe.rule == "unit":
+            path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
+            task = read_tensor(path, read_header(path)[name]) - self.plan.inputs.base.read(name).float()
+        else:
+            assert recipe.config is not None
+            if target.form == "factors":
+                task = self.vectors.merged_factors(name, recipe.config)
+            if task is None:
+                task = self.vectors.merged_task(name, recipe.config)
+        parts = (task.left, task.right) if isinstance(task, LowRank) else (task,)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
+        return task
+
+    # -- the finished folder ---------------------------------------------------------------------------------------
+
+    def publish(self, store: Store) -> None:
+        """Write the adapter from its parts, and everything around it; `adapter_config.json` comes last."""
+        if self._finished:
+            return
+        folder = self.plan.output
+        (folder / CONFIG).unlink(missing_ok=True)
+        factors, others, report = self._gathered()
+        ranks = {name: product.rank for name, product in factors.items()}
+        base = self.plan.inputs.base
+        config = adapter_config(self.adapter, ranks, base.id.partition("@")[0], base.commit)
+        base_name = {target.name: target.base_name for target in self.parts}
+        known = {own: name for name, own in self._own_names().items()}
+        tensors = adapter_tensors(
+            self.adapter, factors, others, lambda name: base.read(base_name.get(name) or known[name])
+        )
+        dtype = self.plan.dtype or torch.float32
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        store.write(WEIGHTS, self._whole_key, lambda path: save_tensors(path, tensors, {"format": "pt"}))
+        write_heads(self.plan, store)
+        copy_processors(self.plan)
+        store.write_text(REPORT, report.text())
+        write_record(self.plan, store, report)
+        store.write_text(CONFIG, config_text(config))
+        shutil.rmtree(folder / FACTORS, ignore_errors=True)
+        clean(store)
+
+    def _own_names(self) -> dict[str, str]:
+        """The names in the adapter's model by the base's."""
+        base = self.plan.inputs.base
+        if self.adapter.layout is base.layout:
+            return {name: name for name in base.names}
+        return self.plan.inputs.weighted[0].tensor_of
+
+    def _gathered(self) -> tuple[dict[str, LowRank], dict[str, Tensor], AdapterReport]:
+        factors, others, reports = {}, {}, []
+        for target in self.parts:
+            path = self.plan.output / FACTORS / f"{target.base_name}.safetensors"
+            found: dict[str, Any] = {name: read_tensor(path, entry) for name, entry in read_header(path).items()}
+            if target.form != "factors":
+                others[target.name] = found["tensor"]
+                continue
+            product = LowRank(found["left"], found["right"], self.plan.inputs.base.shape(target.base_name))
+            factors[target.name] = product
+            facts = json.loads(read_metadata(path)["facts"])
+            reports.append(ModuleReport(target.module, product.rank, facts["norm"], facts["error"]))
+        return factors, others, AdapterReport(tuple(reports))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})

@@ -1,0 +1,135 @@
+"""What of a merged model an adapter has to hold, and in which form: factors, whole tensors, or biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_fda.adapters.checkpoint import AdapterCheckpoint
+from hf_fda.checkpoint.layout import ModelLayout
+from hf_fda.errors import InputError, few
+from hf_fda.inputs import Inputs
+from hf_fda.lowrank import Budget
+from hf_fda.recipes import Output
+
+Form = Literal["factors", "whole", "bias"]
+FACTORED = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor that a merged adapter changes.
+
+    `base_name` is the base's name of it, `name` that in the model the adapter is for. `form` says how it is kept: as
+    thin factors, whole (with its module, in PEFT's `modules_to_save`), or as the bias of the factors (`lora_bias`).
+    `limit` is the largest rank that its factors get.
+    """
+
+    base_name: str
+    name: str
+    form: Form
+    limit: int = 0
+
+    @property
+    def module(self) -> str:
+        """The path of the module that the tensor belongs to."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The adapter that a merge writes.
+
+    `layout` is that of the model it is for; `task_type` PEFT's word for what that model does, where it has one.
+    """
+
+    layout: ModelLayout
+    targets: tuple[Target, ...]
+    budget: Budget
+    task_type: str | None
+
+
+def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
+    """Decide what a merged adapter holds.
+
+    Args:
+        inputs: base and sources.
+        result: how every tensor of the merged model is made.
+        budget: of the factors.
+
+    Raises:
+        InputError: when the merge changes something that no adapter can hold.
+    """
+    soups = [name for name, recipe in result.recipes.items() if recipe.rule == "soup"]
+    if soups:
+        raise InputError(
+            f"as_adapter=True: the sources have tensors that the base lacks ({few(soups)}); an adapter cannot bring "
+            "them; merge into a full checkpoint"
+        )
+    layout, own_name, task_type = _layout(inputs)
+    changed = []
+    for name, recipe in result.recipes.items():
+        base_name = result.base_names[name]
+        moves = any(source.may_move(base_name) for source in inputs.weighted)
+        if recipe.rule != "base" and moves and inputs.base.dtype(base_name).is_floating_point:
+            changed.append(base_name)
+    strange = [name for name in changed if name not in own_name]
+    if strange:
+        raise InputError(f"as_adapter=True: the model of the sources has no {few(strange)}; merge into a checkpoint")
+    targets = _targets(inputs, layout, {name: own_name[name] for name in changed})
+    if not targets:
+        raise InputError("as_adapter=True: no source changes anything that is merged; there is nothing to write")
+    # Of a task type with a head PEFT expects that head in the adapter; heads that are kept lie beside it
+    return AdapterPlan(layout, targets, budget, None if result.heads else task_type)
+
+
+def _layout(inputs: Inputs) -> tuple[ModelLayout, Mapping[str, str], str | None]:
+    """The layout of the model that the adapter is for, and its names by the base's: that of the sources, if all are
+    adapters of one class, else the base's."""
+    sources = inputs.weighted
+    adapters = [source.checkpoint for source in sources if isinstance(source.checkpoint, AdapterCheckpoint)]
+    classes = {adapter.layout.model_class for adapter in adapters}
+    if len(adapters) < len(sources) or len(classes) != 1:
+        return inputs.base.layout, {name: name for name in inputs.base.names}, None
+    kinds = {str(getattr(kind, "value", kind)) for a in adapters if (kind := a.files.config.task_type) is not None}
+    return adapters[0].layout, sources[0].tensor_of, kinds.pop() if len(kinds) == 1 else None
+
+
+def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> tuple[Target, ...]:
+    modules = dict(layout.model.named_modules())
+    owners = {base: (modules[own.rpartition(".")[0]], own.rpartition(".")[2]) for base, own in names.items()}
+    biased = any(part == "bias" and isinstance(module, FACTORED) for module, part in owners.values())
+    targets = []
+    for base_name, own in names.items():
+        module, part = owners[base_name]
+        if isinstance(module, FACTORED) and part == "weight" and not (biased and isinstance(module, nn.Embedding)):
+            targets.append(Target(base_name, own, "factors", _limit(inputs, base_name)))
+        elif isinstance(module, FACTORED) and part == "bias":
+            targets.append(Target(base_name, own, "bias"))
+        elif part in ("weight", "bias"):
+            targets.append(Target(base_name, own, "whole"))
+        else:
+            raise InputError(
+                f"as_adapter=True: '{own}' of a {type(module).__name__} is merged, which no adapter holds alone; merge "
+                "into a full checkpoint"
+            )
+    return tuple(targets)
+
+
+def _limit(inputs: Inputs, name: str) -> int:
+    """The sum of the ranks of what the sources do to a tensor; its own where one of them is dense."""
+    shape = inputs.base.shape(name)
+    full = min(shape[0], torch.Size(shape[1:]).numel())
+    ranks = 0
+    for source in inputs.weighted:
+        if source.may_move(name):
+            factors = source.rank(name)
+            if factors is None:
+                return full
+            ranks += factors
+    return min(ranks, full)

@@ -1,0 +1,162 @@
+"""Merged adapters: what plain PEFT loads is what was merged, within what the report says."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import KINDS, make_base, outputs, relative, save
+from conftest import fine_tune, make_model
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+import hf_fda
+
+CASES = [
+    *(("bert", kind) for kind in KINDS if kind != "embedding-dora"),
+    *((family, kind) for family in ("llama", "gpt2", "vit", "t5") for kind in ("plain", "rslora", "modules_to_save")),
+    *(("gpt2", kind) for kind in ("dora", "lora_bias", "bias-all", "embedding", "pissa")),
+    *(("llama", kind) for kind in ("dora", "patterns", "layers", "olora", "loha", "lokr", "ia3", "vera", "oft")),
+]
+
+
+def merge(base: Path, sources: Any, output: Path, **arguments: Any) -> Any:
+    sources = {name: str(folder) for name, folder in sources.items()}
+    return hf_fda.merge(str(base), sources, output=output, quiet=True, as_adapter=True, **arguments)
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_one_adapter_comes_back_with_its_own_function(family: str, kind: str, tmp_path: Path) -> None:
+    base = make_base(family)
+    base.save_pretrained(tmp_path / "base")
+    adapter = save(base, KINDS[kind](family), tmp_path / "adapter")
+    merged = merge(tmp_path / "base", {"own": adapter}, tmp_path / "merged", method="task_arithmetic", scaling=1.0)
+    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(base), adapter), family)
+    if (family, kind) != ("bert", "bias-all"):  # moves the head too, which is kept beside the adapter
+        plain = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "merged")
+        assert relative(outputs(plain, family), expected) <= 1e-5
+    loaded = merged.load("own" if merged.tasks else None)
+    assert relative(outputs(loaded, family), expected) <= 1e-5
+    assert merged.report.error < 1e-5
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "tsv", "isotropic", "wudi"])
+def test_a_merged_adapter_is_the_merged_model(method: str, tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    sources = {
+        kind: save(base, KINDS[kind]("llama"), tmp_path / kind, seed)
+        for seed, kind in enumerate(("patterns", "plain", "pissa"))
+    }
+    adapter = merge(tmp_path / "base", sources, tmp_path / "thin", method=method)
+    named = {name: str(folder) for name, folder in sources.items()}
+    whole = hf_fda.merge(str(tmp_path / "base"), named, output=tmp_path / "whole", quiet=True, method=method)
+    expected = outputs(whole.load(), "llama")
+    found = outputs(PeftModel.from_pretrained(copy.deepcopy(base), adapter.folder), "llama")
+    assert relative(outputs(base, "llama"), expected) > 1e-2
+    assert relative(found, expected) < (1e-5 if method != "wudi" else 2e-2)
+
+
+@pytest.mark.parametrize("budget", [{"rank": 2}, {"energy": 0.9}])
+def test_a_budget_cuts_as_little_as_can_be_and_the_report_says_how_much(budget: Any, tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    sources = {
+        kind: save(base, KINDS[kind]("llama"), tmp_path / kind, seed) for seed, kind in enumerate(("plain", "rslora"))
+    }
+    exact = merge(tmp_path / "base", sources, tmp_path / "exact", method="linear")
+    cut = merge(tmp_path / "base", sources, tmp_path / "cut", method="linear", **budget)
+    assert exact.report.error < 1e-6
+    whole, left = 0.0, 0.0
+    exact_state, cut_state = (load_file(m.folder / "adapter_model.safetensors") for m in (exact, cut))
+    for own in cut.report.modules:
+        path = f"base_model.model.{own.module}"
+        dense = exact_state[f"{path}.lora_B.weight"] @ exact_state[f"{path}.lora_A.weight"]
+        kept = cut_state[f"{path}.lora_B.weight"] @ cut_state[f"{path}.lora_A.weight"]
+        values = torch.linalg.svdvals(dense.double())
+        best = float(values[own.rank :].square().sum().sqrt() / values.norm())
+        assert own.error == pytest.approx(best, abs=1e-6)
+        assert relative(kept, dense) == pytest.approx(best, abs=1e-5)
+        if "rank" in budget:
+            assert own.rank == budget["rank"]
+        else:
+            assert own.error**2 <= 1 - budget["energy"] + 1e-6
+            smaller = values[own.rank - 1 :].square().sum() / values.square().sum()
+            assert float(smaller) > 1 - budget["energy"]
+        whole, left = whole + float(dense.square().sum()), left + float((dense - kept).square().sum())
+    assert cut.report.error == pytest.approx((left / whole) ** 0.5, rel=1e-3)
+
+
+def test_fda_merges_adapters_into_one(tmp_path: Path) -> None:
+    whole = make_base("bert")
+    whole.bert.save_pretrained(tmp_path / "base")
+    sources, models = {}, {}
+    for labels in (2, 3):
+        model = make_model("bert", num_labels=labels)
+        model.bert.load_state_dict(whole.bert.state_dict())
+        models[f"of{labels}"] = model
+        config = LoraConfig(r=3, target_modules=["value", "output.dense"], task_type="SEQ_CLS")
+        sources[f"of{labels}"] = save(model, config, tmp_path / f"of{labels}", labels)
+    options = {"num_anchors": 4, "num_tokens": 3, "steps": 3, "epochs": 2}
+    merged = merge(tmp_path / "base", sources, tmp_path / "merged", method="fda", **options)
+    assert merged.tasks == ["of2", "of3"]
+    assert [merged.load(task).base_model.model.num_labels for task in merged.tasks] == [2, 3]
+    assert all(outputs(merged.load(task), "bert").isfinite().all() for task in merged.tasks)
+    assert (tmp_path / "merged/anchors/of2/anchors.json").is_file()
+
+
+def test_a_full_fine_tune_becomes_an_adapter(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    tuned = fine_tune(base, seed=2)
+    tuned.save_pretrained(tmp_path / "tuned")
+    merged = merge(
+        tmp_path / "base", {"own": tmp_path / "tuned"}, tmp_path / "out", method="task_arithmetic", scaling=1.0
+    )
+    found = outputs(PeftModel.from_pretrained(copy.deepcopy(base), merged.folder), "llama")
+    assert relative(found, outputs(tuned, "llama")) < 1e-5
+
+
+def test_the_same_call_does_no_work_twice_and_makes_the_same_bytes(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    sources = {"own": save(base, KINDS["plain"]("llama"), tmp_path / "own")}
+    first = merge(tmp_path / "base", sources, tmp_path / "first", method="tsv")
+    weights = tmp_path / "first/adapter_model.safetensors"
+    before, stamp = weights.read_bytes(), weights.stat().st_mtime_ns
+    merge(tmp_path / "base", sources, tmp_path / "first", method="tsv")
+    assert weights.stat().st_mtime_ns == stamp
+    again = hf_fda.merge(**yaml_of(first.folder), output=tmp_path / "again", quiet=True)
+    assert (again.folder / "adapter_model.safetensors").read_bytes() == before
+    merge(tmp_path / "base", sources, tmp_path / "first", method="tsv", rank=1)
+    assert weights.read_bytes() != before
+
+
+def yaml_of(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    given = yaml.safe_load((folder / "merge_config.yaml").read_text())
+    return {**given.pop("options"), **given}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"rank": 0}, ["rank", "at least 1"]),
+        ({"energy": 1.5}, ["energy", "fraction"]),
+        ({"as_adapter": False, "rank": 3}, ["rank", "as_adapter=True"]),
+    ],
+)
+def test_bad_budgets_are_refused(arguments: Any, said: list[str], tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    own = save(base, KINDS["plain"]("llama"), tmp_path / "own")
+    with pytest.raises(hf_fda.InputError) as caught:
+        hf_fda.merge(
+            str(tmp_path / "base"), [str(own)], "linear", tmp_path / "out", **{"as_adapter": True, **arguments}
+        )
+    assert all(words in str(caught.value) for words in said)
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
     from hf_fda.merged import Merged, load
     from hf_fda.merging import merge
+    from hf_fda.merging_adapters import merge_adapters
     from hf_fda.planning import plan
     from hf_fda.plans import Plan
     from hf_fda.pushing import push
@@ -31,6 +32,7 @@ _PLACES = {
     "RunError": "hf_fda.errors",
     "load": "hf_fda.merged",
     "merge": "hf_fda.merging",
+    "merge_adapters": "hf_fda.merging_adapters",
     "methods": "hf_fda.merge_methods",
     "plan": "hf_fda.planning",
     "push": "hf_fda.pushing",
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "load",
     "merge",
+    "merge_adapters",
     "methods",
     "plan",
     "push",

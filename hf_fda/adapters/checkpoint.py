@@ -96,6 +96,10 @@ class AdapterCheckpoint:
         """Whether the adapter changes a tensor."""
         return name in self.changes
 
+    def replaces(self, name: str) -> bool:
+        """Whether the adapter brings a tensor whole (PEFT's `modules_to_save`)."""
+        return isinstance(self.changes.get(name), Replaced)
+
     def factors(self, name: str) -> LowRank | None:
         """A tensor's task vector as thin factors; None where the adapter does not change it, or by no thin product."""
         change = self.changes.get(name)
@@ -132,8 +136,9 @@ class AdapterCheckpoint:
 
 
 def is_adapter(value: Any, location: Location | None = None) -> bool:
-    """Whether a source is a PEFT adapter: a `PeftModel`, or files with an adapter's configuration and no model's."""
-    if isinstance(value, PeftModel):
+    """Whether a source is a PEFT adapter: a `PeftModel`, an open one, or files with the configuration of one and
+    without a model's weights."""
+    if isinstance(value, (PeftModel, AdapterCheckpoint)):
         return True
     return location is not None and CONFIG in location.names and not {INDEX, SINGLE} & set(location.names)
 
@@ -149,6 +154,8 @@ def open_adapter(value: Any, base: Checkpoint, location: Location | None = None)
     Raises:
         InputError: when it is not understood, or does not fit the base.
     """
+    if isinstance(value, AdapterCheckpoint):
+        return value
     if isinstance(value, PeftModel):
         return AdapterCheckpoint(from_model(value), base)
     assert location is not None and isinstance(value, (str, os.PathLike))

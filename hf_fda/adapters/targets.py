@@ -103,11 +103,16 @@ def _layout(inputs: Inputs) -> tuple[ModelLayout, Mapping[str, str], str | None]
 def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> tuple[Target, ...]:
     modules = dict(layout.model.named_modules())
     owners = {base: (modules[own.rpartition(".")[0]], own.rpartition(".")[2]) for base, own in names.items()}
-    biased = any(part == "bias" and isinstance(module, FACTORED) for module, part in owners.values())
+    whole = {id(owners[name][0]) for name in names if owners[name][1] == "weight" and _comes_whole(inputs, name)}
+    biased = any(
+        part == "bias" and isinstance(module, FACTORED) and id(module) not in whole for module, part in owners.values()
+    )
     targets = []
     for base_name, own in names.items():
         module, part = owners[base_name]
-        if isinstance(module, FACTORED) and part == "weight" and not (biased and isinstance(module, nn.Embedding)):
+        if id(module) in whole:
+            targets.append(Target(base_name, own, "whole"))
+        elif isinstance(module, FACTORED) and part == "weight" and not (biased and isinstance(module, nn.Embedding)):
             targets.append(Target(base_name, own, "factors", _limit(inputs, base_name)))
         elif isinstance(module, FACTORED) and part == "bias":
             targets.append(Target(base_name, own, "bias"))
@@ -119,6 +124,18 @@ def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> t
                 "into a full checkpoint"
             )
     return tuple(targets)
+
+
+def _comes_whole(inputs: Inputs, name: str) -> bool:
+    """Whether every source that moves a tensor is an adapter that brings it whole."""
+    adapters = [
+        source.checkpoint.replaces(source.tensor_of[name])
+        if isinstance(source.checkpoint, AdapterCheckpoint)
+        else False
+        for source in inputs.weighted
+        if source.may_move(name)
+    ]
+    return all(adapters)
 
 
 def _limit(inputs: Inputs, name: str) -> int:

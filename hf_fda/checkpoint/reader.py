@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -206,13 +206,14 @@ class ModelCheckpoint(ReadCheckpoint):
     Args:
         model: any transformers model with real weights.
         id: what to call it in messages and cards.
+        state: its tensors by the names of its class; None: its own `state_dict`.
     """
 
-    def __init__(self, model: PreTrainedModel, id: str) -> None:
+    def __init__(self, model: PreTrainedModel, id: str, state: Mapping[str, Tensor] | None = None) -> None:
         self.location: Location | None = None
         self.id = id
         self.commit: str | None = None
-        self._state = dict(model.state_dict())
+        self._state = dict(model.state_dict() if state is None else state)
         meta = [name for name, tensor in self._state.items() if tensor.is_meta]
         if meta:
             raise InputError(f"{id}: the model in memory has no real weights for {few(meta)} (offloaded or meta)")
@@ -258,7 +259,7 @@ class ModelCheckpoint(ReadCheckpoint):
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str] | PreTrainedModel,
+    source: str | os.PathLike[str] | PreTrainedModel | FileCheckpoint | ModelCheckpoint,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -267,7 +268,7 @@ def open_checkpoint(
     """Open a checkpoint: a folder, a Hub id ("org/name", "org/name@revision") or a model in memory.
 
     Args:
-        source: where it is.
+        source: where it is, or one that is open.
         revision: Hub revision; wins over one inside `source`.
         trust_remote_code: run model code that comes with the checkpoint.
         label: what to call it in errors ("base", "source 'sst2'").
@@ -276,6 +277,8 @@ def open_checkpoint(
         InputError: naming `label`, when it cannot be used.
     """
     try:
+        if isinstance(source, (FileCheckpoint, ModelCheckpoint)):
+            return source
         if isinstance(source, PreTrainedModel):
             return ModelCheckpoint(source, source.config._name_or_path or type(source).__name__)
         if not isinstance(source, (str, os.PathLike)):

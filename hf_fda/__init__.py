@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_fda.errors import HFFDAError, InputError, RunError
     from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
     from hf_fda.merged import Merged, load
-    from hf_fda.merging import merge
+    from hf_fda.merging import extract, merge
     from hf_fda.merging_adapters import merge_adapters
     from hf_fda.planning import plan
     from hf_fda.plans import Plan
@@ -30,6 +30,7 @@ _PLACES = {
     "MethodConfig": "hf_fda.merge_methods",
     "Plan": "hf_fda.plans",
     "RunError": "hf_fda.errors",
+    "extract": "hf_fda.merging",
     "load": "hf_fda.merged",
     "merge": "hf_fda.merging",
     "merge_adapters": "hf_fda.merging_adapters",
@@ -48,6 +49,7 @@ __all__ = [
     "Plan",
     "RunError",
     "__version__",
+    "extract",
     "load",
     "merge",
     "merge_adapters",

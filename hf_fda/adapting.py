@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_fda.anchors import AnchorBuilder, Objective, UnitAnchors, adapt_unit, unit_generator
+from hf_fda.anchors import AnchorBuilder, Objective, UnitAnchors, adapt_unit
 from hf_fda.blocks import Unit, UnitCall
 from hf_fda.errors import RunError
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
+from hf_fda.randomness import random_stream
 from hf_fda.taskvectors import TaskVectors
 from hf_fda.tensors import total
 from hf_fda.tensorwise import apply_method
@@ -59,7 +60,7 @@ def adapted_unit(
             learning_rate=config.adaptation_learning_rate,
             schedule=config.adaptation_schedule,
             batch_size=config.batch_size,
-            generator=unit_generator(plan.seed, "batches", unit.name),
+            generator=random_stream(plan.seed, "batches", unit.name),
             interpolation=config.interpolation,
             frozen=frozenset.intersection(*(frozenset(anchors.left_out) for anchors in moved)),
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
@@ -104,6 +105,7 @@ def move_to_start(config: FDAConfig, module: nn.Module, unit: Unit, vectors: Tas
         name = f"{unit.name}.{path}"
         base, tasks = vectors.read(name, torch.float32)
         if isinstance(config.initial, MethodConfig):
-            parameter.data = (base + apply_method(config.initial, base, tasks, roles[name])).contiguous()
+            merged = apply_method(config.initial, base, tasks, roles[name], vectors.generator(name))
+            parameter.data = (base + merged).contiguous()
         scales[path] = total([task.abs_() for task in tasks])
     return scales

@@ -17,6 +17,7 @@ from hf_fda.launch import is_main, several
 from hf_fda.version import __version__
 
 LOOSE_COMMANDS = ("merge", "plan", "anchors")
+SHARED_COMMANDS = (*LOOSE_COMMANDS, "extract")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO
     logging.getLogger("hf_fda").setLevel(level if is_main() else logging.ERROR)
     try:
-        if several() and words[0] not in LOOSE_COMMANDS:
+        if several() and words[0] not in SHARED_COMMANDS:
             raise agreed(InputError(f"{words[0]} is the work of one process; start it without torchrun"))
         arguments.command(arguments, loose)
         _part()
@@ -125,6 +126,26 @@ def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> Non
         print(f"Anchors in {arguments.output}")
 
 
+def _extract(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
+    from hf_fda.merging import extract
+
+    if arguments.rank is None and arguments.energy is None:
+        raise InputError("say how large the adapter may be: --rank R or --energy E (1 keeps all)")
+    adapter = extract(
+        arguments.base,
+        arguments.source,
+        arguments.output,
+        arguments.rank,
+        arguments.energy,
+        device=arguments.device or "auto",
+        dtype=arguments.dtype or "float32",
+        trust_remote_code=arguments.trust_remote_code,
+        quiet=arguments.quiet,
+    )
+    if not arguments.quiet and is_main():
+        print(f"Adapter in {adapter.folder}\n{adapter.report}")
+
+
 def _push(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
     from hf_fda.pushing import push
 
@@ -205,6 +226,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", required=True, help="folder or Hub id")
     command.add_argument("--source", required=True, help="the fine-tune: folder or Hub id")
     command.add_argument("--output", required=True, help="the folder to write")
+    _common(command)
+
+    command = _command(commands, "extract", _extract, "make a PEFT adapter of a full fine-tune")
+    command.add_argument("--base", required=True, help="folder or Hub id")
+    command.add_argument("--source", required=True, help="the fine-tune: folder or Hub id")
+    command.add_argument("--output", required=True, help="the folder to write")
+    command.add_argument("--rank", type=int, help="of the factors, at most")
+    command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
+    command.add_argument("--dtype", help="type of the written weights (default float32)")
     _common(command)
 
     command = _command(commands, "methods", _methods, "list the merge methods, or one method's options")

@@ -79,7 +79,7 @@ class Engine:
         self.plan, self.progress, self.team = plan, progress, team
         self.base = plan.inputs.base
         self.store = Store(plan.output)
-        self.vectors = TaskVectors(plan.inputs, plan.device)
+        self.vectors = TaskVectors(plan.inputs, plan.device, plan.seed)
         kind = Assembly if plan.adapter is None else AdapterAssembly
         self.assembly: Assembly | AdapterAssembly = kind(
             plan, self.vectors, self.fingerprints, lambda unit: self._unit_keys[unit.name]

@@ -78,3 +78,54 @@ def merge(
             )
         )
         return Merged(run(checked, quiet, team))
+
+
+def extract(
+    base: Any,
+    source: Any,
+    output: str | os.PathLike[str] = "adapter",
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> Merged:
+    """Make a PEFT adapter of a full fine-tune: the factors of each weight's task vector that are nearest to it.
+
+    What is no matrix (norms, biases) is kept whole, and a task's own head beside the adapter.
+
+    Args:
+        base: what the fine-tune was trained from: a Hub id, a folder or a model in memory.
+        source: the fine-tune.
+        output: the folder to write.
+        rank: of the factors, at most.
+        energy: the fraction of the squared norm that the factors keep, module by module. Without rank and energy the
+            adapter is exact, and as large as the fine-tune.
+        device: "auto" (Accelerate's choice) or a torch device.
+        dtype: type of the written weights.
+        trust_remote_code: run model code that comes with the checkpoints.
+        quiet: show no progress.
+
+    Returns:
+        the adapter; its `report` says by module what the factors leave out.
+
+    Raises:
+        InputError: naming the argument, source or tensor that cannot be used, and the way out.
+        RunError: when the work fails on the way; the same call goes on from there.
+    """
+    return merge(
+        base,
+        [source],
+        "task_arithmetic",
+        output,
+        as_adapter=True,
+        device=device,
+        dtype=dtype,
+        rank=rank,
+        energy=energy,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+        scaling=1.0,
+    )

@@ -14,6 +14,7 @@ from hf_fda.inputs import Inputs
 from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.progress import logger
+from hf_fda.randomness import random_stream
 from hf_fda.tensorwise import PART, apply_method, apply_to_factors, by_entry
 
 
@@ -23,10 +24,11 @@ class TaskVectors:
     Args:
         inputs: base and sources.
         device: where to compute.
+        seed: of what is random; every tensor has a stream of its own.
     """
 
-    def __init__(self, inputs: Inputs, device: torch.device) -> None:
-        self.inputs, self.base, self.device = inputs, inputs.base, device
+    def __init__(self, inputs: Inputs, device: torch.device, seed: int = 0) -> None:
+        self.inputs, self.base, self.device, self.seed = inputs, inputs.base, device, seed
         self.moved: dict[str, bool] = {}
 
     def read(self, name: str, work: torch.dtype, part: slice | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -74,13 +76,13 @@ class TaskVectors:
             for source, task in zip(self.inputs.weighted, tasks, strict=True):
                 if not bool(task.isfinite().all()):
                     raise RunError(f"source '{source.name}': tensor '{name}' is not finite; check its weights")
-            return (base + apply_method(config, base, tasks, role)).cpu()
+            return (base + apply_method(config, base, tasks, role, self.generator(name))).cpu()
         exact = torch.float32 if self.device.type == "mps" else torch.float64
-        merged = torch.empty(prod(shape), dtype=dtype)
+        merged, generator = torch.empty(prod(shape), dtype=dtype), self.generator(name)
         for start in range(0, len(merged), PART):
             part = slice(start, min(start + PART, len(merged)))
             base, tasks = self.read(name, exact, part)
-            merged[part] = base.add_(config.merge(base, tasks))
+            merged[part] = base.add_(config.merge(base, tasks, generator))
         return merged.view(shape)
 
     def merged_factors(self, name: str, config: MethodConfig) -> LowRank | None:
@@ -110,12 +112,16 @@ class TaskVectors:
             config: the method.
         """
         base, tasks = self.read(name, torch.float32)
-        return apply_method(config, base, tasks, self.base.layout.roles[name]).cpu()
+        return apply_method(config, base, tasks, self.base.layout.roles[name], self.generator(name)).cpu()
 
     def soup(self, name: str, config: MethodConfig) -> Tensor:
         """The mean of a tensor that the base does not have, by the sources' own name."""
         tensors = [source.checkpoint.read(name).double() for source in self.inputs.weighted]
         return config.merge(torch.zeros_like(tensors[0]), tensors)
+
+    def generator(self, name: str) -> torch.Generator:
+        """The random stream of one of the base's tensors."""
+        return random_stream(self.seed, "merge", name)
 
     def note_move(self, source: str, moved: Callable[[], bool]) -> None:
         """Remember whether a source was seen to differ from the base; asks no more once it was."""

@@ -33,6 +33,56 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
     return total(tensors) / len(tensors)
 
 
+def trim(tensor: Tensor, density: float) -> Tensor:
+    """A tensor of which the largest entries by magnitude stay, ``floor(density * n)`` of them, and all others are zero.
+
+    Args:
+        tensor: any shape.
+        density: fraction of entries to keep.
+    """
+    kept = int(density * tensor.numel())
+    if kept >= tensor.numel():
+        return tensor
+    positions = tensor.abs().flatten().topk(kept, sorted=False).indices
+    result = torch.zeros_like(tensor).flatten()
+    result[positions] = tensor.flatten()[positions]
+    return result.view_as(tensor)
+
+
+def drop(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """A tensor of which each entry stays with a probability, divided by it, and is zero else.
+
+    Args:
+        tensor: any shape.
+        density: the probability.
+        generator: on the CPU; the same entries stay on any device.
+    """
+    if density in (0.0, 1.0):
+        return tensor * density
+    kept = torch.rand(tensor.shape, generator=generator) < density
+    return tensor * kept.to(tensor.device) / density
+
+
+def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], method: str, normalize: bool) -> Tensor:
+    """The sum of the entries whose sign is the elected one, divided by the sum of their sources' weights.
+
+    Args:
+        tensors: K tensors of one shape, times their weights.
+        weights: K factors.
+        method: the elected sign is that of the "total" of the entries, or that of most of them ("frequency"); plus
+            where they are even.
+        normalize: divide.
+    """
+    election = total(tensors) if method == "total" else total([tensor.sign() for tensor in tensors])
+    elected = torch.where(election >= 0, 1.0, -1.0).to(election.dtype)
+    agree = [tensor.sign() == elected for tensor in tensors]
+    summed = total([tensor * own for tensor, own in zip(tensors, agree, strict=True)])
+    if not normalize:
+        return summed
+    share = total([own.to(summed.dtype) * weight for own, weight in zip(agree, weights, strict=True)])
+    return summed / torch.where(share == 0, 1.0, share)
+
+
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition ``matrix = U diag(S) Vh``.
 

@@ -18,22 +18,25 @@ PART = 2**20
 def by_entry(config: MethodConfig, role: Role) -> bool:
     """Whether each entry of a tensor is merged on its own: always by elementwise methods, and by matrix methods for
     what is no linear weight (a lookup table, a bias, a convolution), of which they take the mean."""
-    return config.elementwise or role in ("embedding", "other")
+    return config.scope == "entry" or (config.scope == "matrix" and role in ("embedding", "other"))
 
 
-def apply_method(config: MethodConfig, base: Tensor, tasks: Sequence[Tensor], role: Role) -> Tensor:
+def apply_method(
+    config: MethodConfig, base: Tensor, tasks: Sequence[Tensor], role: Role, generator: torch.Generator | None = None
+) -> Tensor:
     """A method's merged task tensor for one model tensor, handed over the way matrix methods mean it.
 
     A linear weight goes as (d_out, d_in), a transposed one is turned, a stack of weights goes one by one, and what is
     merged entry by entry goes flat, so that no spectrum is made of it.
     """
     if by_entry(config, role):
-        return config.merge(base.flatten(), [task.flatten() for task in tasks]).view_as(base)
+        return config.merge(base.flatten(), [task.flatten() for task in tasks], generator).view_as(base)
     if role == "conv1d":
-        return config.merge(base.mT, [task.mT for task in tasks]).mT
+        return config.merge(base.mT, [task.mT for task in tasks], generator).mT
     if role == "stack":
-        return torch.stack([config.merge(base[i], [task[i] for task in tasks]) for i in range(len(base))])
-    return config.merge(base, tasks)
+        parts = [config.merge(base[i], [task[i] for task in tasks], generator) for i in range(len(base))]
+        return torch.stack(parts)
+    return config.merge(base, tasks, generator)
 
 
 def apply_to_factors(

@@ -13,6 +13,7 @@ import torch
 
 import hf_fda
 from hf_fda.demo import DemoResult, Settings, run_demo
+from hf_fda.demo.merges import VARIANTS
 from hf_fda.demo.table import NOTE, Row, format_table
 from hf_fda.demo.tasks import TASKS, load_rows, shuffled
 
@@ -32,7 +33,7 @@ def test_rows_cover_every_method_and_are_accuracies(demo: tuple[Path, DemoResult
     rows = demo[1].rows
     labels = [row.label for row in rows]
     assert labels[:2] == ["individual models", "base with own heads"]
-    assert all(any(label.startswith(name) for label in labels) for name in hf_fda.methods())
+    assert all(any(label.startswith(name) for label in labels) for name in (*VARIANTS, "fda"))
     assert len(set(labels)) == len(labels)
     for row in rows:
         assert list(row.test) == list(TASKS)

@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 import hf_fda
+from hf_fda.cli import main
+from hf_fda.lowrank import Budget, factorise
 
 CASES = [
     *(("bert", kind) for kind in KINDS if kind != "embedding-dora"),
@@ -113,11 +115,33 @@ def test_a_full_fine_tune_becomes_an_adapter(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     tuned = fine_tune(base, seed=2)
     tuned.save_pretrained(tmp_path / "tuned")
-    merged = merge(
-        tmp_path / "base", {"own": tmp_path / "tuned"}, tmp_path / "out", method="task_arithmetic", scaling=1.0
-    )
-    found = outputs(PeftModel.from_pretrained(copy.deepcopy(base), merged.folder), "llama")
+    folders = [str(tmp_path / name) for name in ("base", "tuned")]
+    exact = hf_fda.extract(*folders, tmp_path / "exact", quiet=True)
+    found = outputs(PeftModel.from_pretrained(copy.deepcopy(base), exact.folder), "llama")
     assert relative(found, outputs(tuned, "llama")) < 1e-5
+    command = ["extract", "--base", folders[0], "--source", folders[1], "--output", str(tmp_path / "cut")]
+    assert main([*command, "--quiet"]) == 2  # neither rank nor energy
+    assert main([*command, "--rank", "4", "--quiet"]) == 0
+    cut = hf_fda.Merged(tmp_path / "cut").report
+    assert cut is not None
+    assert {own.rank for own in cut.modules} == {4}
+    for own in cut.modules:
+        task = tuned.get_submodule(own.module).weight - base.get_submodule(own.module).weight
+        values = torch.linalg.svdvals(task.detach().double())
+        assert own.error == pytest.approx(float(values[4:].norm() / values.norm()), abs=1e-5)
+
+
+def test_large_matrices_are_decomposed_at_random_nearly_as_well() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(1100, 60, generator=generator))[0] for _ in range(2))
+    values = torch.logspace(0, -3, 60)
+    found = factorise((left * values) @ right.mT, Budget(rank=20), limit=1100)
+    best = float(values[20:].norm() / values.norm())
+    assert found.product.rank == 20
+    assert found.error == pytest.approx(best, rel=1e-3)
+    kept = factorise((left * values) @ right.mT, Budget(rank=40, energy=0.99), limit=1100)
+    assert kept.error**2 <= 0.01
+    assert kept.product.rank == int((values.square().cumsum(0) / values.square().sum() < 0.99).sum()) + 1
 
 
 def test_the_same_call_does_no_work_twice_and_makes_the_same_bytes(tmp_path: Path) -> None:

@@ -33,9 +33,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tsv-half": ("tsv", {"rank_fraction": 0.5}),
     "wudi-closed": ("wudi", {"solver": "closed_form"}),
     "wudi-iterative": ("wudi", {"steps": 20, "learning_rate": 1e-3}),
+    "ties": ("ties", {"density": 0.5}),
+    "ties-frequency": ("ties", {"density": 0.7, "majority_sign_method": "frequency"}),
+    "magnitude_prune": ("magnitude_prune", {"density": 0.5}),
+    "knots": ("knots", {"density": 0.5}),
+    "dare_linear": ("dare_linear", {}),
+    "dare_ties": ("dare_ties", {}),
+    "cat": ("cat", {}),
+    "svd": ("svd", {}),
 }
 SCALED = [name for name in VARIANTS if not name.startswith("linear")]
-MATRIX = [name for name in SCALED if name != "task_arithmetic"]
+MATRIX = [name for name in SCALED if method_class(VARIANTS[name][0]).scope == "matrix"]
 SHAPES = [(6, 9), (9, 6), (5, 5), (1, 4), (4, 1), (7,), (2, 3, 2, 2)]
 
 
@@ -736,3 +744,49 @@ def test_the_options_that_determine_the_anchors_leave_the_merge_out() -> None:
         kept
     )
     assert {"num_anchors", "num_tokens", "steps", "learning_rate", "distance", "unit", "initialization"} <= set(kept)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.61, 1.0])
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+def test_trimmed_methods_do_what_peft_does(density: float, sign: Any) -> None:
+    from peft.utils import merge_utils
+
+    tasks, ones = draw((7, 5), 3), torch.ones(3, dtype=torch.float64)
+    base = torch.zeros(7, 5, dtype=torch.float64)
+    found = resolve_method("ties", {"density": density, "majority_sign_method": sign}).merge(base, tasks)
+    torch.testing.assert_close(found, merge_utils.ties(list(tasks), ones, density, sign))
+    weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    pruned = resolve_method("magnitude_prune", {"density": density, "weights": weights.tolist()}).merge(base, tasks)
+    torch.testing.assert_close(pruned, merge_utils.magnitude_prune(list(tasks), weights, density))
+
+
+def test_dropped_entries_are_made_up_for() -> None:
+    task = torch.ones(200, 300, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    found = resolve_method("dare_linear", {"density": 0.25}).merge(torch.zeros_like(task), [task], generator)
+    assert set(found.unique().tolist()) == {0.0, 4.0}
+    assert float(found.mean()) == pytest.approx(1.0, abs=0.02)
+    signed = resolve_method("dare_ties", {"density": 0.5, "normalize": True})
+    tasks = [task, -2 * task]
+    merged = signed.merge(torch.zeros_like(task), tasks, torch.Generator().manual_seed(0))
+    assert set(merged.unique().tolist()) == {0.0, 2.0, -4.0}  # of one that stays alone itself; of both the larger
+
+
+def test_knots_of_one_source_is_that_source_and_its_columns_share_a_basis() -> None:
+    one, other = draw((6, 9), 2)
+    config = resolve_method("knots", {})
+    torch.testing.assert_close(config.merge(torch.zeros(6, 9), [one]), one)
+    stacked = torch.cat([one, other], dim=1)
+    merged = config.merge(torch.zeros(6, 9), [one, other])
+    basis = torch.linalg.svd(stacked, full_matrices=False)[0]
+    torch.testing.assert_close(basis @ (basis.mT @ merged), merged)
+
+
+@pytest.mark.parametrize("method", ["tsv", "isotropic"])
+def test_rotating_methods_commute_with_changes_of_basis(method: str) -> None:
+    config = resolve_method(method, {})
+    assert config.rotates
+    tasks = draw((6, 9), 3)
+    left, right = (torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0] for size in (6, 9))
+    turned = config.merge(torch.zeros(6, 9), [left @ task @ right for task in tasks])
+    torch.testing.assert_close(turned, left @ config.merge(torch.zeros(6, 9), tasks) @ right)

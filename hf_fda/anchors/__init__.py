@@ -1,7 +1,7 @@
 """Functional dual anchors: the container, their construction, and adaptation to them."""
 
 from hf_fda.anchors.adaptation import Adapted, CoefficientAdam, Objective, adapt_unit
-from hf_fda.anchors.builder import AnchorBuilder, unit_generator
+from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors, construct_unit
 from hf_fda.anchors.container import FunctionalDualAnchors
 from hf_fda.anchors.files import AnchorsInfo
@@ -16,5 +16,4 @@ __all__ = [
     "UnitAnchors",
     "adapt_unit",
     "construct_unit",
-    "unit_generator",
 ]

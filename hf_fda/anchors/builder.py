@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
@@ -17,6 +16,7 @@ from hf_fda.checkpoint.layout import ModelLayout, Role
 from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import FDAConfig
+from hf_fda.randomness import random_stream
 
 
 class AnchorBuilder:
@@ -61,7 +61,7 @@ class AnchorBuilder:
         n, tokens, size = config.num_anchors, call.tokens, call.size
         assert n is not None and tokens is not None and size is not None
         base, tuned = self.load(self.base.read, unit), self.load(source.read, unit)
-        generator = unit_generator(self.seed, "anchors", unit.name)
+        generator = random_stream(self.seed, "anchors", unit.name)
         weights = linear_weights(self.base.layout, unit, tuned)
         start = initial_anchors(config.initialization, weights, n, tokens, size, generator)
         offset = self._positions(source, tokens, size) if config.position_embeddings else None
@@ -103,9 +103,3 @@ def linear_weights(layout: ModelLayout, unit: Unit, module: nn.Module) -> list[T
         elif roles[name] == "stack":
             matrices.extend(weight)
     return matrices
-
-
-def unit_generator(seed: int, purpose: str, unit: str) -> torch.Generator:
-    """A random stream of its own for each purpose and unit, the same on any number of processes."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{unit}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

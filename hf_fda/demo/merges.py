@@ -1,4 +1,4 @@
-"""Which merges the demo compares: every registered method, and what it is called in the table."""
+"""Which merges the demo compares, and what each is called in the table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_fda.demo.settings import Settings
-from hf_fda.merge_methods import methods
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
@@ -15,10 +14,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "tsv": [{"scaling": 1.75}],
     "isotropic": [{"scaling": 3.5}],
     "wudi": [{"solver": "iterative", "scaling": 0.9}, {"solver": "closed_form", "scaling": 1.4}],
+    "ties": [{"density": 0.5, "scaling": 1.0}],
+    "knots": [{"density": 0.5, "scaling": 1.0}],
 }
 """Options of the parameter-space methods: for each the scaling that is best on validation rows, over seeds 0, 1 and 2
-and over a grid with worse values on both sides, so that fda is compared with each at its best. A method that is not
-listed runs with its defaults."""
+and over a grid with worse values on both sides, so that fda is compared with each at its best."""
 
 STARTS: list[dict[str, Any]] = [
     {"initial": "isotropic", "scaling": 3.0},
@@ -46,13 +46,11 @@ class Merge:
 
 
 def merges(settings: Settings) -> Iterator[Merge]:
-    """The base with the tasks' heads, then every registered method, fda last."""
+    """The base with the tasks' heads, then methods in parameter space, fda last."""
     yield Merge("base with own heads", "task_arithmetic", {"scaling": 0.0})
-    for name in methods():
-        if name != "fda":
-            variants = VARIANTS.get(name, [{}])
-            for options in variants:
-                yield Merge(f"{name} {options['solver']}" if "solver" in options else name, name, options)
+    for name, variants in VARIANTS.items():
+        for options in variants:
+            yield Merge(f"{name} {options['solver']}" if "solver" in options else name, name, options)
     for start in STARTS:
         options = {**start, "steps": settings.steps, "num_anchors": settings.num_anchors}
         if settings.epochs is not None:

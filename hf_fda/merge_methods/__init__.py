@@ -1,6 +1,18 @@
 """Merge methods: one file each, found by name in the registry."""
 
-from hf_fda.merge_methods import fda, isotropic, linear, task_arithmetic, tsv, wudi  # noqa: F401  (each registers itself)
+from hf_fda.merge_methods import (  # noqa: F401  (each registers itself)
+    cat,
+    dare,
+    fda,
+    isotropic,
+    knots,
+    linear,
+    magnitude_prune,
+    task_arithmetic,
+    ties,
+    tsv,
+    wudi,
+)
 from hf_fda.merge_methods.config import MethodConfig, TaskVectorConfig, with_source_names
 from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.merge_methods.registry import MethodInfo, method_class, methods, resolve_method

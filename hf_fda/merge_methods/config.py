@@ -14,12 +14,16 @@ from typing import Any, ClassVar, Literal
 from hf_fda.errors import InputError, nearest
 
 if typing.TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
     """A dataclass field that carries its own help text and bounds (both inclusive)."""
     return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+
+
+Scope = Literal["entry", "tensor", "matrix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +37,11 @@ class MethodConfig:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    elementwise: ClassVar[bool] = True
-    """Each output entry depends on the same entry of the inputs alone. Such a method is computed in float64,
-    which makes `theta_0 + (theta_1 - theta_0)` give back theta_1 bit for bit."""
+    scope: ClassVar[Scope] = "entry"
+    """What is merged on its own: every entry (then computed in float64, which makes `theta_0 + (theta_1 - theta_0)`
+    give back theta_1 bit for bit), every tensor whatever it is, or every matrix (and of all else the mean is taken)."""
+    random: ClassVar[bool] = False
+    """Whether `merge` takes a generator of random numbers."""
     rotates: ClassVar[bool] = False
     """Merging matrices in other orthonormal bases is the same as merging them and changing the bases then, and of the
     base only the shape counts. Thin task vectors are merged in the bases of what they span."""
@@ -72,12 +78,13 @@ class MethodConfig:
         """
         return None
 
-    def merge(self, base: Tensor, tasks: Sequence[Tensor]) -> Tensor:
-        """The merged task tensor of one tensor. Pure: neither argument is changed.
+    def merge(self, base: Tensor, tasks: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """The merged task tensor of one tensor. Pure: no argument is changed, but for the generator's state.
 
         Args:
             base: theta_0, any shape; a linear weight is (d_out, d_in).
             tasks: K task tensors theta_i - theta_0 of that shape.
+            generator: on the CPU; of a method that is random.
 
         Returns:
             the tensor to add to `base`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from hf_fda.errors import InputError, nearest
-from hf_fda.merge_methods.config import MethodConfig, option, with_source_names
+from hf_fda.merge_methods.config import MethodConfig, Scope, option, with_source_names
 from hf_fda.merge_methods.registry import method_class, register_config
 
 Family = Literal["vision", "encoder", "decoder"]
@@ -51,7 +51,7 @@ class FDAConfig(MethodConfig):
     name: ClassVar[str] = "fda"
     summary: ClassVar[str] = "match every source's blocks on anchors built from its weights alone"
     paper: ClassVar[str] = "Functional dual anchors, arXiv 2510.21223"
-    elementwise: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "tensor"
 
     initial: str | MethodConfig | None = option(
         None,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fda.merge_methods.config import TaskVectorConfig
+from hf_fda.merge_methods.config import Scope, TaskVectorConfig
 from hf_fda.merge_methods.registry import register
 from hf_fda.tensors import mean, numerical_rank, svd, total, weighted
 
@@ -21,7 +21,7 @@ class IsotropicConfig(TaskVectorConfig):
     name: ClassVar[str] = "isotropic"
     summary: ClassVar[str] = "summed task matrices with all singular values set to their mean (Iso-C)"
     paper: ClassVar[str] = "No task left behind: isotropic model merging, arXiv 2502.04959"
-    elementwise: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "matrix"
     rotates: ClassVar[bool] = True
 
 

@@ -11,18 +11,20 @@ from hf_fda.errors import InputError, nearest
 from hf_fda.merge_methods.config import MethodConfig, describe
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 C = TypeVar("C", bound=MethodConfig)
 _CONFIGS: dict[str, type[MethodConfig]] = {}
 
 
-def register(config: type[C]) -> Callable[[Callable[[Tensor, Sequence[Tensor], C], Tensor]], Any]:
-    """Register a method: decorates its pure function ``(base, tasks, config) -> merged task tensor``."""
+def register(config: type[C]) -> Callable[[Callable[..., Tensor]], Any]:
+    """Register a method: decorates its pure function ``(base, tasks, config) -> merged task tensor``, or
+    ``(base, tasks, config, generator)`` of one that is random."""
 
-    def decorate(function: Callable[[Tensor, Sequence[Tensor], C], Tensor]) -> Any:
-        def merge(self: C, base: Tensor, tasks: Sequence[Tensor]) -> Tensor:
-            return function(base, tasks, self)
+    def decorate(function: Callable[..., Tensor]) -> Any:
+        def merge(self: C, base: Tensor, tasks: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+            return function(base, tasks, self, generator) if self.random else function(base, tasks, self)
 
         config.merge = merge  # type: ignore[method-assign, assignment]
         register_config(config)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_fda.merge_methods.config import TaskVectorConfig, option
+from hf_fda.merge_methods.config import Scope, TaskVectorConfig, option
 from hf_fda.merge_methods.registry import register
 from hf_fda.tensors import mean, nearest_orthonormal, numerical_rank, svd, weighted
 
@@ -21,7 +21,7 @@ class TSVConfig(TaskVectorConfig):
     name: ClassVar[str] = "tsv"
     summary: ClassVar[str] = "orthogonalised leading singular directions of every task (TSV-M)"
     paper: ClassVar[str] = "Task Singular Vectors, arXiv 2412.00081"
-    elementwise: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "matrix"
     rotates: ClassVar[bool] = True
 
     rank_fraction: float | None = option(

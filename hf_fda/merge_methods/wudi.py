@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_fda.merge_methods.config import TaskVectorConfig, option
+from hf_fda.merge_methods.config import Scope, TaskVectorConfig, option
 from hf_fda.merge_methods.registry import register
 from hf_fda.tensors import mean, pseudo_inverse_right, total, weighted
 
@@ -21,7 +21,7 @@ class WUDIConfig(TaskVectorConfig):
     name: ClassVar[str] = "wudi"
     summary: ClassVar[str] = "task matrix of least interference with every task's own rows (WUDI)"
     paper: ClassVar[str] = "Whoever started the interference should end it, arXiv 2503.08099"
-    elementwise: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "matrix"
 
     solver: Literal["iterative", "closed_form"] = option(
         "iterative", "Adam as published, or the exact least-squares solution"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 
+from hf_fda.adapters import AdapterCheckpoint
+from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
@@ -14,13 +16,28 @@ from hf_fda.recipes import Output
 from hf_fda.tensorwise import PART, by_entry
 
 
-def peak_memory_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output) -> int:
-    """Peak bytes a merge holds at once, beside the libraries: the largest of its stages."""
+def peak_memory_bytes(
+    inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output, adapter: AdapterPlan | None = None
+) -> int:
+    """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
     stages = [_tensor_stage(inputs, result)]
+    if adapter is not None:
+        stages.append(2 * _adapter_bytes(inputs, adapter))
     if isinstance(config, FDAConfig) and units:
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
         stages.append(max(adaptation_bytes(inputs, config, unit) for unit in units))
-    return max(stages)
+    read = [own.checkpoint for own in inputs.weighted if isinstance(own.checkpoint, AdapterCheckpoint)]
+    return max(stages) + sum(tensor.nbytes for adapter in read for tensor in adapter.files.tensors.values())
+
+
+def _adapter_bytes(inputs: Inputs, adapter: AdapterPlan) -> int:
+    """Size of a merged adapter in float32, at most."""
+    total = 0
+    for target in adapter.targets:
+        shape = inputs.base.shape(target.base_name)
+        rank = min(adapter.budget.rank or target.limit, target.limit)
+        total += rank * (shape[0] + prod(shape[1:])) if target.form == "factors" else prod(shape)
+    return 4 * total
 
 
 def _tensor_stage(inputs: Inputs, result: Output) -> int:
@@ -64,9 +81,17 @@ def _entries(inputs: Inputs, names: Iterable[str]) -> int:
     return sum(prod(inputs.base.layout.shapes[name]) for name in names)
 
 
-def disk_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], shards: Sequence[Shard]) -> int:
+def disk_bytes(
+    inputs: Inputs,
+    config: MethodConfig,
+    units: Sequence[Unit],
+    shards: Sequence[Shard],
+    adapter: AdapterPlan | None = None,
+) -> int:
     """Bytes the output folder will take, with what is there while it is being made."""
     model = sum(shard.nbytes for shard in shards)
+    if adapter is not None:
+        model += 2 * _adapter_bytes(inputs, adapter)
     if not isinstance(config, FDAConfig):
         return model
     blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4

@@ -111,8 +111,8 @@ def plan(
         seed=int(seed),
         heads=cast(Heads, heads),
         arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
-        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result),
-        disk_bytes=disk_bytes(inputs, config, units, shards),
+        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
+        disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
         notes=tuple(_notes(inputs, config, result)),
         adapter=adapter,
     )

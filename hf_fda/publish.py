@@ -164,7 +164,7 @@ def copy_processors(plan: Plan) -> None:
     if location is None:
         return
     for name in PROCESSORS:
-        if name in location.names:
+        if name in location.names and not (plan.adapter is not None and name == "generation_config.json"):
             partial = plan.output / WORK / "partial" / name
             partial.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(location.path(name), partial)

@@ -14,6 +14,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_fda.adapters.changes import plain_name
 from hf_fda.adapters.checkpoint import AdapterCheckpoint
 from hf_fda.adapters.files import WEIGHTS, from_model
 from hf_fda.adapters.report import AdapterReport
@@ -40,7 +41,8 @@ def merge_adapters(
 
     Neither the base's weights nor any other adapter is touched, and the active adapter stays active
     (`peft_model.set_adapter(adapter_name)` makes the new one so). Adapters of any kinds that merge into weights, of any
-    ranks and targets, merge together; the new one is LoRA.
+    ranks and targets, merge together; the new one is LoRA. It goes with the base as it is in memory: where PEFT has
+    changed that, as it does for adapters initialised by PiSSA or OLoRA, the new adapter is none of the original base.
 
     Args:
         peft_model: the model; its adapters may not be merged into its weights at the moment.
@@ -71,7 +73,7 @@ def merge_adapters(
     base = _InjectedBase(model, "the model's base", _base_state(model))
     sources = {}
     for name in adapters:
-        files = from_model(peft_model, name)
+        files = from_model(peft_model, name, embeddings=False)
         if hasattr(files.config, "init_lora_weights"):
             files.config.init_lora_weights = True  # the base in memory is what the adapter was initialised to go with
         sources[name] = AdapterCheckpoint(files, base)
@@ -125,7 +127,7 @@ def _check_names(peft_model: PeftModel, adapters: Sequence[str], adapter_name: s
 def _base_state(model: Any) -> dict[str, Tensor]:
     """The tensors of a model without its adapters, by the names they would have had without them."""
     state: Mapping[str, Tensor] = model.state_dict()
-    return {name.replace(".base_layer.", ".").replace(".original_module.", "."): own for name, own in state.items()}
+    return {plain_name(name): own for name, own in state.items()}
 
 
 def _add(peft_model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ LINEAR: dict[str, list[str]] = {
     "vit": ["v_proj", "fc1"],
     "t5": ["v", "wo"],
 }
-EMBEDDING = {"bert": "word_embeddings", "gpt2": "wpe"}
+EMBEDDING = {"bert": "word_embeddings", "llama": "embed_tokens", "gpt2": "wpe"}
 NORM = {"bert": "LayerNorm", "llama": "norm", "gpt2": "ln_1", "vit": "layernorm_before", "t5": "final_layer_norm"}
 
 KINDS: dict[str, Callable[[str], PeftConfig]] = {

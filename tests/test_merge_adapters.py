@@ -63,7 +63,7 @@ def unchanged(model: PeftModel, before: dict[str, Tensor]) -> bool:
     ("family", "kind"),
     [
         *(("bert", kind) for kind in ("plain", "rslora", "dora", "lora_bias", "patterns", "layers", "embedding")),
-        *(("llama", kind) for kind in ("plain", "dora", "pissa", "olora")),
+        *(("llama", kind) for kind in ("plain", "dora", "pissa", "olora", "embedding")),
         *(("gpt2", kind) for kind in ("plain", "rslora", "dora")),
     ],
 )

@@ -22,6 +22,7 @@ CASES = [
     *((family, kind) for family in ("llama", "gpt2", "vit", "t5") for kind in ("plain", "rslora", "modules_to_save")),
     *(("gpt2", kind) for kind in ("dora", "lora_bias", "bias-all", "embedding", "pissa")),
     *(("llama", kind) for kind in ("dora", "patterns", "layers", "olora", "loha", "lokr", "ia3", "vera", "oft")),
+    ("llama", "embedding"),  # which PEFT saves with the base's own
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,6 +119,26 @@ class Replaced(Change):
 
 
 @dataclass
+class Rebased(Change):
+    """The tensor is another one, and something is done to that: PEFT saves adapted embeddings with their weights."""
+
+    tensor: Tensor
+    change: Change
+    needs_base = True
+
+    def task(self, base: Tensor) -> Tensor:
+        """The changed other tensor less the base's."""
+        own = self.tensor.to(base.device, base.dtype)
+        return own - base + self.change.task(own)
+
+    def factors(self, base: Tensor | None) -> LowRank | None:
+        """Those of what is done, where the other tensor is the base's."""
+        assert base is not None
+        same = self.tensor.shape == base.shape and torch.equal(self.tensor.to(base.device, base.dtype), base)
+        return self.change.factors(base) if same else None
+
+
+@dataclass
 class Merged(Change):
     """The tensor that PEFT's own merge of a layer makes, in float64."""
 
@@ -150,17 +171,25 @@ def find_changes(label: str, skeleton: Skeleton, init: Any) -> dict[str, Change]
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             for parameter, change in _layer_changes(label, path, module, init):
-                name = f"{path}.{parameter}".replace(".base_layer.", ".")
-                found[name] = change
+                found[plain_name(f"{path}.{parameter}")] = change
     shapes = skeleton.layout.shapes
     for name, value in model.named_parameters():
-        plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
+        plain = plain_name(name).replace(f".modules_to_save.{ADAPTER}.", ".")
         if plain in shapes and id(value) not in skeleton.hollow:
-            found[plain] = Replaced(value.detach())
+            found[plain] = Rebased(value.detach(), found[plain]) if plain in found else Replaced(value.detach())
     for name in found:
         if name not in shapes:
             raise InputError(f"{label}: the adapter changes '{name}', which the model does not have or does not store")
     return found
+
+
+def plain_name(name: str) -> str:
+    """What a base's tensor in a PEFT model was called before modules were wrapped, however often.
+
+    >>> plain_name("experts.base_layer.base_layer.down_proj")
+    'experts.down_proj'
+    """
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
 
 
 def _is(layer: Any, kind: type) -> bool:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
@@ -79,8 +79,15 @@ def read_files(location: Location) -> AdapterFiles:
     return AdapterFiles(location.id, config, tensors, location)
 
 
-def from_model(model: PeftModel, adapter: str | None = None) -> AdapterFiles:
+def from_model(
+    model: PeftModel, adapter: str | None = None, embeddings: bool | Literal["auto"] = "auto"
+) -> AdapterFiles:
     """An adapter of a model in memory: the named one, or the active one.
+
+    Args:
+        model: the model.
+        adapter: a name of its adapters; None: the active one.
+        embeddings: whether the base's embeddings go with it, as PEFT's `save_embedding_layers`.
 
     Raises:
         InputError: when there is no such adapter, several are active, or it is not understood.
@@ -90,7 +97,7 @@ def from_model(model: PeftModel, adapter: str | None = None) -> AdapterFiles:
         raise InputError(f"the model has no single adapter '{active}'; it has {', '.join(model.peft_config)}")
     config = copy.deepcopy(model.peft_config[active])
     check_understood(active, config)
-    state = get_peft_model_state_dict(model, adapter_name=active)
+    state = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=embeddings)
     return AdapterFiles(active, config, {name: tensor.detach().cpu() for name, tensor in state.items()})
 
 

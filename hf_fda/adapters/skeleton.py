@@ -124,6 +124,8 @@ def _model_of(files: AdapterFiles, base: ModelLayout) -> tuple[type[PreTrainedMo
 
 def _labels(tensors: dict[str, Tensor], config: PretrainedConfig, model_class: type[PreTrainedModel]) -> int | None:
     """How many labels the head has that comes with an adapter: told by a tensor whose shape depends on it."""
+    if all(".lora_" in name for name in tensors):  # no head comes with it; the models below would be built in vain
+        return None
     shapes = []
     for count in (7, 11):
         trial = copy.deepcopy(config)

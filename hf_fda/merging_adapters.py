@@ -16,12 +16,13 @@ from torch import Tensor
 
 from hf_fda.adapters.changes import plain_name
 from hf_fda.adapters.checkpoint import AdapterCheckpoint
-from hf_fda.adapters.files import WEIGHTS, from_model
+from hf_fda.adapters.files import REPLAYED, UNREPEATABLE, WEIGHTS, from_model
 from hf_fda.adapters.report import AdapterReport
 from hf_fda.checkpoint.reader import ModelCheckpoint
 from hf_fda.errors import InputError, nearest
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merging import merge
+from hf_fda.progress import logger
 
 
 def merge_adapters(
@@ -74,6 +75,14 @@ def merge_adapters(
     sources = {}
     for name in adapters:
         files = from_model(peft_model, name, embeddings=False)
+        start = getattr(files.config, "init_lora_weights", True)
+        if isinstance(start, str) and start.startswith((*REPLAYED, *UNREPEATABLE)):
+            logger.warning(
+                "adapter '%s' was initialised by '%s', which changes the base's weights in memory; the merged adapter "
+                "goes with these, not with the base as it was loaded",
+                name,
+                start,
+            )
         if hasattr(files.config, "init_lora_weights"):
             files.config.init_lora_weights = True  # the base in memory is what the adapter was initialised to go with
         sources[name] = AdapterCheckpoint(files, base)

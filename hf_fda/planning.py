@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.adapters.targets import plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
@@ -98,6 +99,8 @@ def plan(
     result = decide(inputs, config, units, cast(Heads, heads))
     out_dtype = DTYPES.get(dtype)
     adapter = None if budget is None else plan_adapter(inputs, result, budget)
+    if adapter is None:
+        _check_ties(inputs, result)
     shards = () if adapter is not None else plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
     checked = Plan(
         inputs=inputs,
@@ -145,6 +148,20 @@ def _check_settings(dtype: Any, heads: Any, seed: Any, max_shard_bytes: Any) -> 
     for name, value, least in (("seed", seed, 0), ("max_shard_bytes", max_shard_bytes, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be a whole number, at least {least}, not {value!r}")
+
+
+def _check_ties(inputs: Inputs, result: Output) -> None:
+    """Refuse an adapter that changes one of two tied tensors: in PEFT the other stays, in a checkpoint it cannot."""
+    for source in inputs.weighted:
+        if not isinstance(source.checkpoint, AdapterCheckpoint):
+            continue
+        for other, name in result.layout.tied.items():
+            own = result.base_names.get(name)
+            if own is not None and result.recipes[name].rule != "base" and source.may_move(own):
+                raise InputError(
+                    f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
+                    f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
+                )
 
 
 def _budget(as_adapter: Any, rank: Any, energy: Any) -> Budget | None:

@@ -219,6 +219,17 @@ class TestRefusals:
         other = save(wide, LoraConfig(r=3, target_modules=LINEAR["bert"]), tmp_path / "other")
         self.refused(tmp_path, other, "does not fit the base")
 
+    @pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+    def test_one_of_two_tied_tensors(self, tmp_path: Path, options: dict[str, Any]) -> None:
+        base = make_base("qwen2")
+        base.save_pretrained(tmp_path / "base")
+        config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+        folder = save(base, config, tmp_path / "adapter")
+        self.refused(tmp_path, folder, "embed_tokens", "lm_head", "as_adapter=True")
+        merged = merge(tmp_path / "base", {"own": str(folder)}, tmp_path / "out", method="cat", as_adapter=True)
+        expected = outputs(PeftModel.from_pretrained(make_base("qwen2"), folder), "qwen2")
+        assert relative(outputs(merged.load(), "qwen2"), expected) <= 1e-5
+
     def test_pickled_weights(self, tmp_path: Path, adapter: Path) -> None:
         (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
         self.refused(tmp_path, adapter, "adapter_model.safetensors", "never opened")

@@ -543,7 +543,6 @@ def test_a_wrong_method_or_option_is_refused_and_the_nearest_suggested(
         ({"heads": "marge"}, ["heads 'marge'", "did you mean 'merge'"]),
         ({"device": "gpu"}, ["device 'gpu'", "'auto' or 'cpu'"]),
         ({"device": "cuda:77"}, ["device 'cuda:77'", "'auto' or 'cpu'"]),
-        ({"as_adapter": True}, ["as_adapter"]),
         ({"data": {"a": []}}, ["data"]),
         ({"seed": "abc"}, ["seed", "abc"]),
         ({"max_shard_bytes": "big"}, ["max_shard_bytes", "big"]),

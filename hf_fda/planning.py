@@ -15,6 +15,7 @@ from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.adapters.targets import plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
+from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
 from hf_fda.devices import resolve_device
 from hf_fda.errors import InputError, few, nearest
@@ -25,6 +26,7 @@ from hf_fda.lowrank import Budget
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import predict
+from hf_fda.progress import logger
 from hf_fda.recipes import Heads, Output, decide
 from hf_fda.store import new_folder
 
@@ -289,6 +291,8 @@ def pinned(id: str, commit: str | None) -> str:
 def _notes(inputs: Inputs, config: MethodConfig, result: Output) -> list[str]:
     notes = []
     for source in inputs.weighted:
+        if isinstance(source.checkpoint, AdapterCheckpoint):
+            notes.extend(_another_base(source.name, source.checkpoint, inputs.base))
         if source.checkpoint.unexpected:
             unknown = few(source.checkpoint.unexpected)
             notes.append(f"source '{source.name}': left out, as its class has no place for it: {unknown}")
@@ -302,3 +306,16 @@ def _notes(inputs: Inputs, config: MethodConfig, result: Output) -> list[str]:
     if isinstance(config, FDAConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
+
+
+def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> list[str]:
+    """A warning where an adapter's configuration names another base; folders are told apart by their own names."""
+    stated = adapter.files.config.base_model_name_or_path
+    if not stated or not base.id or base.location is None:
+        return []
+    theirs, ours = (str(id).partition("@")[0].rstrip("/").rpartition("/")[2] for id in (stated, base.id))
+    if theirs == ours:
+        return []
+    said = f"source '{name}': its configuration says that it was trained on '{stated}', the base is '{base.id}'"
+    logger.warning(said)
+    return [said]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import KINDS, make_base, outputs, relative, save
+from adapters import KINDS, make_base, outputs, relative, save, train
 from conftest import fine_tune, make_model
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
 
 import hf_fda
 from hf_fda.cli import main
@@ -171,6 +172,7 @@ def yaml_of(folder: Path) -> dict[str, Any]:
     ("arguments", "said"),
     [
         ({"rank": 0}, ["rank", "at least 1"]),
+        ({"rank": 33}, ["rank 33", "at most 32"]),
         ({"energy": 1.5}, ["energy", "fraction"]),
         ({"as_adapter": False, "rank": 3}, ["rank", "as_adapter=True"]),
     ],
@@ -185,3 +187,30 @@ def test_bad_budgets_are_refused(arguments: Any, said: list[str], tmp_path: Path
         )
     assert all(words in str(caught.value) for words in said)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_different_task_types_do_not_become_one(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.model.save_pretrained(tmp_path / "base")
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    save(base, LoraConfig(**config, task_type="CAUSAL_LM"), tmp_path / "speaker")
+    classifier = LlamaForSequenceClassification(base.config)
+    classifier.model.load_state_dict(base.model.state_dict())
+    save(classifier, LoraConfig(**config, task_type="SEQ_CLS"), tmp_path / "judge")
+    sources = {name: tmp_path / name for name in ("speaker", "judge")}
+    with pytest.raises(hf_fda.InputError, match="'speaker' is an adapter of a LlamaForCausalLM, 'judge' of a Llama"):
+        merge(tmp_path / "base", sources, tmp_path / "out", method="linear")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_names_another_base_is_warned_of(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    for name in ("base", "other"):
+        config = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=f"somewhere/{name}")
+        model = train(base, config, seed=1)
+        model.peft_config["default"].base_model_name_or_path = f"somewhere/{name}"
+        model.save_pretrained(tmp_path / f"of-{name}")
+        plan = hf_fda.plan(str(tmp_path / "base"), [str(tmp_path / f"of-{name}")], "linear", tmp_path / "out")
+        warned = [note for note in plan.notes if "somewhere/other" in note and "trained on" in note]
+        assert bool(warned) == (name == "other")

@@ -63,7 +63,8 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
         budget: of the factors.
 
     Raises:
-        InputError: when the merge changes something that no adapter can hold.
+        InputError: when the merge changes something that no adapter can hold, the adapters are of several classes of
+            model, or the rank is larger than possible.
     """
     soups = [name for name, recipe in result.recipes.items() if recipe.rule == "soup"]
     if soups:
@@ -85,7 +86,16 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     if not targets:
         raise InputError("as_adapter=True: no source changes anything that is merged; there is nothing to write")
     # Of a task type with a head PEFT expects that head in the adapter; heads that are kept lie beside it
-    return AdapterPlan(layout, targets, budget, None if result.heads else task_type)
+    plan = AdapterPlan(layout, targets, budget, None if result.heads else task_type)
+    _check_rank(inputs, plan)
+    return plan
+
+
+def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:
+    shapes = [inputs.base.shape(target.base_name) for target in plan.targets if target.form == "factors"]
+    most = max((min(shape[0], torch.Size(shape[1:]).numel()) for shape in shapes), default=0)
+    if plan.budget.rank is not None and plan.budget.rank > most:
+        raise InputError(f"rank {plan.budget.rank} is larger than any of the merged matrices has: at most {most}")
 
 
 def _layout(inputs: Inputs) -> tuple[ModelLayout, Mapping[str, str], str | None]:
@@ -93,9 +103,16 @@ def _layout(inputs: Inputs) -> tuple[ModelLayout, Mapping[str, str], str | None]
     adapters of one class, else the base's."""
     sources = inputs.weighted
     adapters = [source.checkpoint for source in sources if isinstance(source.checkpoint, AdapterCheckpoint)]
-    classes = {adapter.layout.model_class for adapter in adapters}
-    if len(adapters) < len(sources) or len(classes) != 1:
+    if len(adapters) < len(sources):
         return inputs.base.layout, {name: name for name in inputs.base.names}, None
+    first = adapters[0].layout.model_class
+    for source, adapter in zip(sources, adapters, strict=True):
+        if adapter.layout.model_class is not first:
+            raise InputError(
+                f"as_adapter=True: '{sources[0].name}' is an adapter of a {first.__name__}, '{source.name}' of a "
+                f"{adapter.layout.model_class.__name__}; one adapter serves one class of model: merge adapters of one "
+                "task type, or into a full checkpoint"
+            )
     kinds = {str(getattr(kind, "value", kind)) for a in adapters if (kind := a.files.config.task_type) is not None}
     return adapters[0].layout, sources[0].tensor_of, kinds.pop() if len(kinds) == 1 else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 
+from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
@@ -14,9 +15,11 @@ from hf_fda.recipes import Output
 from hf_fda.tensorwise import PART, by_entry
 
 
-def peak_memory_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output) -> int:
+def peak_memory_bytes(
+    inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output, adapter: AdapterPlan | None = None
+) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages."""
-    stages = [_tensor_stage(inputs, result)]
+    stages = [_tensor_stage(inputs, result) if adapter is None else _factor_stage(inputs, adapter)]
     if isinstance(config, FDAConfig) and units:
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
         stages.append(max(adaptation_bytes(inputs, config, unit) for unit in units))
@@ -34,6 +37,22 @@ def _tensor_stage(inputs: Inputs, result: Output) -> int:
         else:
             need = max(need, entries * 4 * (3 * count + 8))
     return need
+
+
+def _factor_stage(inputs: Inputs, adapter: AdapterPlan) -> int:
+    """One tensor of base and sources, dense, with the merged one and its decomposition."""
+    largest = max(_entries(inputs, [target.base_name]) for target in adapter.targets)
+    return largest * 4 * (3 * len(inputs.sources) + 8)
+
+
+def adapter_bytes(inputs: Inputs, adapter: AdapterPlan) -> int:
+    """Bytes of a merged adapter in float32: of whole tensors, and of factors of the largest rank they may have."""
+    return 4 * sum(_kept_entries(inputs, target, adapter) for target in adapter.targets)
+
+
+def _kept_entries(inputs: Inputs, target: Target, adapter: AdapterPlan) -> int:
+    shape = inputs.base.shape(target.base_name)
+    return prod(shape) if target.form != "factors" else adapter.rank_of(target) * (shape[0] + prod(shape[1:]))
 
 
 def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
@@ -64,9 +83,15 @@ def _entries(inputs: Inputs, names: Iterable[str]) -> int:
     return sum(prod(inputs.base.layout.shapes[name]) for name in names)
 
 
-def disk_bytes(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], shards: Sequence[Shard]) -> int:
-    """Bytes the output folder will take, with what is there while it is being made."""
-    model = sum(shard.nbytes for shard in shards)
+def disk_bytes(
+    inputs: Inputs,
+    config: MethodConfig,
+    units: Sequence[Unit],
+    shards: Sequence[Shard],
+    adapter: AdapterPlan | None = None,
+) -> int:
+    """Bytes the output folder will take, with what is there while it is being made (an adapter: its parts too)."""
+    model = sum(shard.nbytes for shard in shards) + (0 if adapter is None else 2 * adapter_bytes(inputs, adapter))
     if not isinstance(config, FDAConfig):
         return model
     blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from hf_fda.adapters.targets import plan_adapter
+from hf_fda.adapters.targets import AdapterPlan, plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
@@ -73,7 +73,7 @@ def plan(
         anchors: anchors constructed earlier, by the name of a source that is given as weights.
         heads: "keep" each source's task head beside the merged body, or "merge" heads of one task into one.
         rank: of a merged adapter's factors, at most. None: as much as the sources' ranks together, which is exact
-            wherever the merge is a linear combination.
+            wherever the merge is a linear combination; full rank where a source is DoRA or a full fine-tune.
         energy: the fraction of the squared norm that a merged adapter's factors keep, module by module.
         max_shard_bytes: size of a weight file.
         trust_remote_code: run model code that comes with the checkpoints.
@@ -111,9 +111,9 @@ def plan(
         seed=int(seed),
         heads=cast(Heads, heads),
         arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
-        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result),
-        disk_bytes=disk_bytes(inputs, config, units, shards),
-        notes=tuple(_notes(inputs, config, result)),
+        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
+        disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
+        notes=tuple([*_notes(inputs, config, result), *_adapter_notes(inputs, adapter)]),
         adapter=adapter,
     )
     return checked if processes is None else replace(checked, time=predict(checked, processes))
@@ -285,3 +285,21 @@ def _notes(inputs: Inputs, config: MethodConfig, result: Output) -> list[str]:
     if isinstance(config, FDAConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
+
+
+def _adapter_notes(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
+    """Which sources are the reason that an adapter without a budget is not thin."""
+    if adapter is None or adapter.budget.rank is not None or adapter.budget.energy is not None:
+        return []
+    factored = [target.base_name for target in adapter.targets if target.form == "factors"]
+    thick = [
+        f"'{source.name}'"
+        for source in inputs.weighted
+        if any(source.may_move(name) and source.rank(name) is None for name in factored)
+    ]
+    if not thick:
+        return []
+    return [
+        f"what {few(thick)} changes is not of low rank (as of DoRA and full fine-tunes), so the adapter's factors may "
+        "get full rank; rank or energy keeps them thin"
+    ]

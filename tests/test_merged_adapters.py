@@ -142,6 +142,23 @@ def yaml_of(folder: Path) -> dict[str, Any]:
     return {**given.pop("options"), **given}
 
 
+def test_a_plan_says_how_large_the_adapter_may_get_and_why(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    sources = {kind: str(save(base, KINDS[kind]("llama"), tmp_path / kind)) for kind in ("plain", "rslora", "dora")}
+    thin = hf_fda.plan(
+        str(tmp_path / "base"), {"a": sources["plain"], "b": sources["rslora"]}, "linear", as_adapter=True
+    )
+    thick = hf_fda.plan(str(tmp_path / "base"), sources, "linear", as_adapter=True)
+    cut = hf_fda.plan(str(tmp_path / "base"), sources, "linear", as_adapter=True, rank=2)
+    assert [plan.adapter.top_rank for plan in (thin, thick, cut) if plan.adapter] == [6, 32, 2]
+    assert "not of low rank" in str(thick) and "'dora'" in str(thick)
+    assert "not of low rank" not in str(thin) and "not of low rank" not in str(cut)
+    merged = merge(tmp_path / "base", {"own": Path(sources["plain"])}, tmp_path / "out", method="linear", rank=2)
+    size = (merged.folder / "adapter_model.safetensors").stat().st_size
+    assert size / 2 < cut.disk_bytes / 2 <= size
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

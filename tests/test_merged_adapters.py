@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 import hf_fda
+from hf_fda.lowrank import Budget, factorise
 
 CASES = [
     *(("bert", kind) for kind in KINDS if kind != "embedding-dora"),
@@ -88,6 +89,19 @@ def test_a_budget_cuts_as_little_as_can_be_and_the_report_says_how_much(budget: 
             assert float(smaller) > 1 - budget["energy"]
         whole, left = whole + float(dense.square().sum()), left + float((dense - kept).square().sum())
     assert cut.report.error == pytest.approx((left / whole) ** 0.5, rel=1e-3)
+
+
+def test_exact_factors_keep_many_small_directions_but_not_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.full((300,), 1e-5, dtype=torch.float64)
+    values[0] = 1.0
+    small = factorise((u * values @ v).float(), Budget(), 300)
+    assert small.product.rank == 300
+    assert small.error < 1e-5
+    thin = factorise(u[:, :5].float() @ v[:5].float(), Budget(), 300)
+    assert thin.product.rank == 5
+    assert thin.error < 1e-5
 
 
 def test_fda_merges_adapters_into_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from hf_fda.adapters import AdapterCheckpoint
-from hf_fda.adapters.targets import AdapterPlan
+from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
@@ -20,24 +20,12 @@ def peak_memory_bytes(
     inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output, adapter: AdapterPlan | None = None
 ) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
-    stages = [_tensor_stage(inputs, result)]
-    if adapter is not None:
-        stages.append(2 * _adapter_bytes(inputs, adapter))
+    stages = [_tensor_stage(inputs, result) if adapter is None else _factor_stage(inputs, adapter)]
     if isinstance(config, FDAConfig) and units:
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
         stages.append(max(adaptation_bytes(inputs, config, unit) for unit in units))
     read = [own.checkpoint for own in inputs.weighted if isinstance(own.checkpoint, AdapterCheckpoint)]
-    return max(stages) + sum(tensor.nbytes for adapter in read for tensor in adapter.files.tensors.values())
-
-
-def _adapter_bytes(inputs: Inputs, adapter: AdapterPlan) -> int:
-    """Size of a merged adapter in float32, at most."""
-    total = 0
-    for target in adapter.targets:
-        shape = inputs.base.shape(target.base_name)
-        rank = min(adapter.budget.rank or target.limit, target.limit)
-        total += rank * (shape[0] + prod(shape[1:])) if target.form == "factors" else prod(shape)
-    return 4 * total
+    return max(stages) + sum(tensor.nbytes for own in read for tensor in own.files.tensors.values())
 
 
 def _tensor_stage(inputs: Inputs, result: Output) -> int:
@@ -51,6 +39,22 @@ def _tensor_stage(inputs: Inputs, result: Output) -> int:
         else:
             need = max(need, entries * 4 * (3 * count + 8))
     return need
+
+
+def _factor_stage(inputs: Inputs, adapter: AdapterPlan) -> int:
+    """One tensor of base and sources, dense, with the merged one and its decomposition."""
+    largest = max(_entries(inputs, [target.base_name]) for target in adapter.targets)
+    return largest * 4 * (3 * len(inputs.sources) + 8)
+
+
+def adapter_bytes(inputs: Inputs, adapter: AdapterPlan) -> int:
+    """Bytes of a merged adapter in float32: of whole tensors, and of factors of the largest rank they may have."""
+    return 4 * sum(_kept_entries(inputs, target, adapter) for target in adapter.targets)
+
+
+def _kept_entries(inputs: Inputs, target: Target, adapter: AdapterPlan) -> int:
+    shape = inputs.base.shape(target.base_name)
+    return prod(shape) if target.form != "factors" else adapter.rank_of(target) * (shape[0] + prod(shape[1:]))
 
 
 def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
@@ -88,10 +92,8 @@ def disk_bytes(
     shards: Sequence[Shard],
     adapter: AdapterPlan | None = None,
 ) -> int:
-    """Bytes the output folder will take, with what is there while it is being made."""
-    model = sum(shard.nbytes for shard in shards)
-    if adapter is not None:
-        model += 2 * _adapter_bytes(inputs, adapter)
+    """Bytes the output folder will take, with what is there while it is being made (an adapter: its parts too)."""
+    model = sum(shard.nbytes for shard in shards) + (0 if adapter is None else 2 * adapter_bytes(inputs, adapter))
     if not isinstance(config, FDAConfig):
         return model
     blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4

@@ -97,9 +97,12 @@ class Spectrum:
         return min(int(lacking.max()) + 1, self.s.shape[-1])
 
     def numerical_rank(self) -> int:
-        """The number of singular values above rounding (of the matrix of a stack that has most)."""
-        top = self.s[..., :1] * torch.finfo(self.s.dtype).eps * max(self.u.shape[-2], self.vh.shape[-1])
-        return int((self.s > top).sum(-1).max())
+        """The least rank that leaves out no more than rounding does (of the matrix of a stack that needs most).
+
+        What is left out counts together: many small values, each of which might be rounding, may be none in sum.
+        """
+        left_out = self.s.double().square().flip(-1).cumsum(-1).flip(-1).sqrt()
+        return int((left_out > left_out[..., :1] * 32 * torch.finfo(self.s.dtype).eps).sum(-1).max())
 
 
 def spectrum(factors: LowRank) -> Spectrum:

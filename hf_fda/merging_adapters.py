@@ -51,7 +51,7 @@ def merge_adapters(
         adapter_name: name of the new adapter.
         method: a registered name (`hf_fda.methods()`) or a config object.
         rank: of the new adapter's factors, at most. None: as much as the adapters' ranks together, which is exact
-            wherever the merge is a linear combination.
+            wherever the merge is a linear combination; full rank where one of them is DoRA.
         energy: the fraction of the squared norm that the factors keep, module by module.
         heads: "keep": the adapters' task heads are left out of the new adapter. "merge": their mean is in it.
         device: "auto" (Accelerate's choice) or a torch device; where to compute.

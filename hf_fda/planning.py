@@ -15,18 +15,18 @@ from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.adapters.targets import plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
-from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
 from hf_fda.devices import resolve_device
-from hf_fda.errors import InputError, few, nearest
+from hf_fda.errors import InputError, nearest
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
-from hf_fda.inputs import Inputs, Source, open_inputs
+from hf_fda.inputs import Inputs, open_inputs
 from hf_fda.lowrank import Budget
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
+from hf_fda.notes import notes_of
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import predict
-from hf_fda.progress import logger
+from hf_fda.provenance import record
 from hf_fda.recipes import Heads, Output, decide
 from hf_fda.store import new_folder
 
@@ -76,7 +76,7 @@ def plan(
         anchors: anchors constructed earlier, by the name of a source that is given as weights.
         heads: "keep" each source's task head beside the merged body, or "merge" heads of one task into one.
         rank: of a merged adapter's factors, at most. None: as much as the sources' ranks together, which is exact
-            wherever the merge is a linear combination.
+            wherever the merge is a linear combination; full rank where a source is DoRA or a full fine-tune.
         energy: the fraction of the squared norm that a merged adapter's factors keep, module by module.
         max_shard_bytes: size of a weight file.
         trust_remote_code: run model code that comes with the checkpoints.
@@ -115,10 +115,10 @@ def plan(
         device=chosen,
         seed=int(seed),
         heads=cast(Heads, heads),
-        arguments=_record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
+        arguments=record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
         peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
-        notes=tuple(_notes(inputs, config, result)),
+        notes=tuple(notes_of(inputs, config, result, adapter)),
         adapter=adapter,
     )
     return checked if processes is None else replace(checked, time=predict(checked, processes))
@@ -236,86 +236,3 @@ def out_dtype(inputs: Inputs, result: Output, name: str, dtype: torch.dtype | No
     own = result.base_names.get(name)
     stored = inputs.base.dtype(own) if own is not None else inputs.weighted[0].checkpoint.dtype(name)
     return dtype if dtype is not None and stored.is_floating_point else stored
-
-
-def _record(
-    inputs: Inputs,
-    config: MethodConfig,
-    dtype: str,
-    seed: int,
-    heads: str,
-    max_shard_bytes: int,
-    budget: Budget | None,
-) -> dict[str, Any]:
-    """The merge as plain values: the content of `merge_config.yaml`."""
-    record: dict[str, Any] = {
-        "base": pinned(inputs.base.id, inputs.base.commit),
-        "sources": {
-            source.name: pinned(source.id, source.weights.checkpoint.commit)
-            if source.weights is not None
-            else anchors_id(source)
-            for source in inputs.sources
-        },
-        "method": config.name,
-        "options": stated_options(config),
-        "dtype": dtype,
-        "seed": int(seed),
-        "heads": heads,
-        "max_shard_bytes": max_shard_bytes,
-    }
-    if budget is not None:
-        record |= {"as_adapter": True, "rank": budget.rank, "energy": budget.energy}
-    given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
-    return {**record, "anchors": given} if given else record
-
-
-def stated_options(config: MethodConfig) -> dict[str, Any]:
-    """The options that have to be stated to get the same config again."""
-    fields = config.option_fields()
-    return {
-        name: value for name, value in config.options().items() if value is not None or fields[name].default is not None
-    }
-
-
-def anchors_id(source: Source) -> str:
-    """Where a source's given anchors can be found again."""
-    origin = source.anchors.origin if source.anchors is not None else None
-    return origin or f"anchors of {source.id}, in memory only"
-
-
-def pinned(id: str, commit: str | None) -> str:
-    """A Hub id with the commit that was used; a folder as it was given."""
-    return f"{id.partition('@')[0]}@{commit}" if commit else id
-
-
-def _notes(inputs: Inputs, config: MethodConfig, result: Output) -> list[str]:
-    notes = []
-    for source in inputs.weighted:
-        if isinstance(source.checkpoint, AdapterCheckpoint):
-            notes.extend(_another_base(source.name, source.checkpoint, inputs.base))
-        if source.checkpoint.unexpected:
-            unknown = few(source.checkpoint.unexpected)
-            notes.append(f"source '{source.name}': left out, as its class has no place for it: {unknown}")
-        absent = [name for name in source.absent if name in result.recipes and result.recipes[name].rule == "method"]
-        if absent:
-            notes.append(f"source '{source.name}' lacks {len(absent)} tensors; they count as the base's for it")
-    if inputs.base.unexpected:
-        notes.append(f"base: left out, as its class has no place for it: {few(inputs.base.unexpected)}")
-    if result.layout is not inputs.base.layout:
-        notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
-    if isinstance(config, FDAConfig) and config.rest == "base":
-        notes.append("what lies before the blocks is the base's (rest=base)")
-    return notes
-
-
-def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> list[str]:
-    """A warning where an adapter's configuration names another base; folders are told apart by their own names."""
-    stated = adapter.files.config.base_model_name_or_path
-    if not stated or not base.id or base.location is None:
-        return []
-    theirs, ours = (str(id).partition("@")[0].rstrip("/").rpartition("/")[2] for id in (stated, base.id))
-    if theirs == ours:
-        return []
-    said = f"source '{name}': its configuration says that it was trained on '{stated}', the base is '{base.id}'"
-    logger.warning(said)
-    return [said]

@@ -13,6 +13,7 @@ from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.checkpoint.writer import Shard
+from hf_fda.estimate import adapter_bytes
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.prediction import Prediction
@@ -86,7 +87,9 @@ class Plan:
     def _work(self) -> str:
         rules = [recipe.rule for recipe in self.result.recipes.values()]
         tensors = f"{rules.count('method')} tensors by method, {rules.count('base')} from the base"
-        if rules.count("soup"):
+        if self.adapter is not None:
+            tensors = f"{len(self.adapter.targets)} tensors that the sources change"
+        elif rules.count("soup"):
             tensors += f", {rules.count('soup')} means of the sources"
         if not self.units:
             return tensors
@@ -99,7 +102,9 @@ class Plan:
 
     def _weights(self) -> list[str]:
         if self.adapter is not None:
-            return [f"an adapter that changes {len(self.adapter.targets)} tensors", "adapter_report.json"]
+            rank = f"of rank {self.adapter.top_rank} at most, " if self.adapter.top_rank else ""
+            size = readable_size(adapter_bytes(self.inputs, self.adapter))
+            return [f"an adapter ({rank}{size} at most)", "adapter_report.json"]
         size = readable_size(sum(shard.nbytes for shard in self.shards))
         return [f"{len(self.shards)} weight file{'s' if len(self.shards) > 1 else ''} ({size})", "config.json"]
 

@@ -94,6 +94,19 @@ def test_a_budget_cuts_as_little_as_can_be_and_the_report_says_how_much(budget: 
     assert cut.report.error == pytest.approx((left / whole) ** 0.5, rel=1e-3)
 
 
+def test_exact_factors_keep_many_small_directions_but_not_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.full((300,), 1e-5, dtype=torch.float64)
+    values[0] = 1.0
+    small = factorise((u * values @ v).float(), Budget(), 300)
+    assert small.product.rank == 300
+    assert small.error < 1e-5
+    thin = factorise(u[:, :5].float() @ v[:5].float(), Budget(), 300)
+    assert thin.product.rank == 5
+    assert thin.error < 1e-5
+
+
 def test_fda_merges_adapters_into_one(tmp_path: Path) -> None:
     whole = make_base("bert")
     whole.bert.save_pretrained(tmp_path / "base")
@@ -166,6 +179,23 @@ def yaml_of(folder: Path) -> dict[str, Any]:
 
     given = yaml.safe_load((folder / "merge_config.yaml").read_text())
     return {**given.pop("options"), **given}
+
+
+def test_a_plan_says_how_large_the_adapter_may_get_and_why(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    sources = {kind: str(save(base, KINDS[kind]("llama"), tmp_path / kind)) for kind in ("plain", "rslora", "dora")}
+    thin = hf_fda.plan(
+        str(tmp_path / "base"), {"a": sources["plain"], "b": sources["rslora"]}, "linear", as_adapter=True
+    )
+    thick = hf_fda.plan(str(tmp_path / "base"), sources, "linear", as_adapter=True)
+    cut = hf_fda.plan(str(tmp_path / "base"), sources, "linear", as_adapter=True, rank=2)
+    assert [plan.adapter.top_rank for plan in (thin, thick, cut) if plan.adapter] == [6, 32, 2]
+    assert "not of low rank" in str(thick) and "'dora'" in str(thick)
+    assert "not of low rank" not in str(thin) and "not of low rank" not in str(cut)
+    merged = merge(tmp_path / "base", {"own": Path(sources["plain"])}, tmp_path / "out", method="linear", rank=2)
+    size = (merged.folder / "adapter_model.safetensors").stat().st_size
+    assert size / 2 < cut.disk_bytes / 2 <= size
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,15 @@ class AdapterPlan:
     budget: Budget
     task_type: str | None
 
+    def rank_of(self, target: Target) -> int:
+        """The largest rank that a target's factors may get."""
+        return min(self.budget.rank or target.limit, target.limit)
+
+    @property
+    def top_rank(self) -> int:
+        """The largest of all; 0 where nothing is kept as factors."""
+        return max((self.rank_of(target) for target in self.targets if target.form == "factors"), default=0)
+
 
 def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     """Decide what a merged adapter holds.

@@ -1,0 +1,71 @@
+"""What a user may not expect of a merge, in words."""
+
+from __future__ import annotations
+
+from hf_fda.adapters import AdapterCheckpoint
+from hf_fda.adapters.targets import AdapterPlan
+from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.errors import few
+from hf_fda.inputs import Inputs
+from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.progress import logger
+from hf_fda.recipes import Output
+
+
+def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: AdapterPlan | None) -> list[str]:
+    """What a plan, a card and a log say beside the facts.
+
+    Args:
+        inputs: base and sources.
+        config: the merge method, complete.
+        result: how every tensor of the merged model is made.
+        adapter: the adapter that is written, if one is.
+    """
+    notes = _adapter_notes(inputs, adapter)
+    for source in inputs.weighted:
+        if isinstance(source.checkpoint, AdapterCheckpoint):
+            notes.extend(_another_base(source.name, source.checkpoint, inputs.base))
+        if source.checkpoint.unexpected:
+            unknown = few(source.checkpoint.unexpected)
+            notes.append(f"source '{source.name}': left out, as its class has no place for it: {unknown}")
+        absent = [name for name in source.absent if name in result.recipes and result.recipes[name].rule == "method"]
+        if absent:
+            notes.append(f"source '{source.name}' lacks {len(absent)} tensors; they count as the base's for it")
+    if inputs.base.unexpected:
+        notes.append(f"base: left out, as its class has no place for it: {few(inputs.base.unexpected)}")
+    if result.layout is not inputs.base.layout:
+        notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
+    if isinstance(config, FDAConfig) and config.rest == "base":
+        notes.append("what lies before the blocks is the base's (rest=base)")
+    return notes
+
+
+def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> list[str]:
+    """A warning where an adapter's configuration names another base; folders are told apart by their own names."""
+    stated = adapter.files.config.base_model_name_or_path
+    if not stated or not base.id or base.location is None:
+        return []
+    theirs, ours = (str(id).partition("@")[0].rstrip("/").rpartition("/")[2] for id in (stated, base.id))
+    if theirs == ours:
+        return []
+    said = f"source '{name}': its configuration says that it was trained on '{stated}', the base is '{base.id}'"
+    logger.warning(said)
+    return [said]
+
+
+def _adapter_notes(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
+    """Which sources are the reason that an adapter without a budget is not thin."""
+    if adapter is None or adapter.budget.rank is not None or adapter.budget.energy is not None:
+        return []
+    factored = [target.base_name for target in adapter.targets if target.form == "factors"]
+    thick = [
+        f"'{source.name}'"
+        for source in inputs.weighted
+        if any(source.may_move(name) and source.rank(name) is None for name in factored)
+    ]
+    if not thick:
+        return []
+    return [
+        f"what {few(thick)} changes is not of low rank (as of DoRA and full fine-tunes), so the adapter's factors may "
+        "get full rank; rank or energy keeps them thin"
+    ]

@@ -110,14 +110,14 @@ def draw(
         means = [statistics.mean(points[count]) for count in counts]
         left.plot(counts, means, "o-" if label == "fda" else "o--", label=label)
     left.set(xlabel="sources merged", ylabel="average test accuracy", xticks=list(next(iter(sources.values()))))
-    left.legend()
+    figure.legend(loc="outside lower center", ncols=len(sources))
     budgets = [found for label, found in seconds.items() if label.startswith("fda")]
     line = [tuple(statistics.mean(column) for column in zip(*found, strict=True)) for found in budgets]
-    right.plot(*zip(*line, strict=True), "o-", color="C4", label="fda, by budget")
-    for number, label in enumerate(label for label in seconds if not label.startswith("fda")):
-        right.plot(*seconds[label][0], "s", color=f"C{number}", label=label)
+    right.plot(*zip(*line, strict=True), "o-", color=f"C{list(sources).index('fda')}")
+    for number, label in enumerate(sources):
+        if label in seconds:
+            right.plot(*seconds[label][0], "o", color=f"C{number}")
     right.set(xlabel="seconds of the merge, one process on one core", xscale="log")
-    right.legend()
     figure.savefig(output, metadata={"Date": None})
 
 

@@ -71,7 +71,8 @@ MERGES: dict[str, dict[str, Any]] = {
     "wudi": {"method": "wudi"},
     "fda": {"method": "fda"},
     "fda, rank 16": {"method": "fda", "rank": 16},
-    "fda from task_arithmetic 0.3": {"method": "fda", "initial": "task_arithmetic", "scaling": 0.3},
+    "fda from isotropic 3.0": {"method": "fda", "initial": "isotropic", "scaling": 3.0},
+    "fda from isotropic 3.0, rank 16": {"method": "fda", "initial": "isotropic", "scaling": 3.0, "rank": 16},
     "fda from tsv 1.0": {"method": "fda", "initial": "tsv", "scaling": 1.0},
 }
 """Arguments of `hf_fda.merge`, by row. The first fda row makes the anchors, and the others use them."""

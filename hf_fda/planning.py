@@ -203,7 +203,8 @@ def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
             f"source '{without[0]}' is anchors only and has no task vector; parametrization must then be 'parameters'"
         )
     require_blocks(inputs.base.layout)
-    config = config.with_sources(names, all_have_weights=not without)
+    thin = all(isinstance(source.checkpoint, AdapterCheckpoint) for source in inputs.weighted)
+    config = config.with_sources(names, all_have_weights=not without, all_thin=thin)
     size = hidden_size(inputs.base.config)
     return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)
 

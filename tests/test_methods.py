@@ -644,6 +644,8 @@ def test_where_to_start_follows_from_what_is_given() -> None:
     start = resolve_method("isotropic", {"scaling": 3.0})
     assert (chosen.initial, chosen.rest) == (start, resolve_method("task_arithmetic", {}))
     assert chosen.parametrization == "coefficients"
+    thin = FDAConfig().with_sources(["a"], all_have_weights=True, all_thin=True)
+    assert thin.initial == resolve_method("task_arithmetic", {"scaling": 0.3})
     chosen = FDAConfig().with_sources(["a"], all_have_weights=False)
     assert (chosen.initial, chosen.rest, chosen.parametrization) == ("base", "base", "parameters")
 

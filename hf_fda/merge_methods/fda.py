@@ -56,7 +56,8 @@ class FDAConfig(MethodConfig):
     initial: str | MethodConfig | None = option(
         None,
         "where adaptation starts: base, or a parameter-space method, whose own options may follow; "
-        "none: isotropic with scaling 3, or base where a source is anchors only",
+        "none: isotropic with scaling 3, task_arithmetic with 0.3 where all sources are adapters, or base where one is "
+        "anchors only",
     )
     rest: str | MethodConfig | None = option(
         None,
@@ -181,16 +182,18 @@ class FDAConfig(MethodConfig):
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 
-    def with_sources(self, names: list[str], all_have_weights: bool) -> FDAConfig:
+    def with_sources(self, names: list[str], all_have_weights: bool, all_thin: bool = False) -> FDAConfig:
         """The config with `initial`, `rest` and `parametrization` chosen where they are open, and their weights in the
         order of sources.
 
         Args:
             names: of the sources.
             all_have_weights: whether none is anchors only; a method has nothing to merge of such a source.
+            all_thin: whether all are adapters; a flat spectrum overdoes their few directions, and no rank holds it.
         """
         roles: dict[str, Any] = {}
-        for role, method, options in (("initial", "isotropic", {"scaling": 3.0}), ("rest", "task_arithmetic", {})):
+        start = ("task_arithmetic", {"scaling": 0.3}) if all_thin else ("isotropic", {"scaling": 3.0})
+        for role, method, options in (("initial", *start), ("rest", "task_arithmetic", {})):
             value = getattr(self, role)
             if value is None:
                 value = method_class(method).from_options(options) if all_have_weights else "base"

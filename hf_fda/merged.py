@@ -80,7 +80,8 @@ def load(
 
     Args:
         source: the merged folder, or its Hub id.
-        task: one of the heads in `task_heads/`; None gives the merged body alone.
+        task: one of the heads in `task_heads/`; None gives the merged body alone (of an adapter whose tasks have heads,
+            one has to be named).
         revision: Hub revision.
         trust_remote_code: run model code that comes with the checkpoint.
         base: of a merged adapter, where its base is now; None: where it was when the adapter was made.
@@ -129,6 +130,9 @@ def _adapted(
         body = FileCheckpoint(locate(base or stated), trust_remote_code)
     except InputError as error:
         raise InputError(f"{location.id}: its base cannot be opened ({error}); say where it is: base=...") from None
+    known = tasks_of(location)
+    if task is None and known:
+        raise InputError(f"{location.id}: the adapter's tasks have heads of their own; say which: {', '.join(known)}")
     if task is None:
         where = body.location
         assert where is not None

@@ -123,6 +123,8 @@ def test_fda_merges_adapters_into_one(tmp_path: Path) -> None:
     assert [merged.load(task).base_model.model.num_labels for task in merged.tasks] == [2, 3]
     assert all(outputs(merged.load(task), "bert").isfinite().all() for task in merged.tasks)
     assert (tmp_path / "merged/anchors/of2/anchors.json").is_file()
+    with pytest.raises(hf_fda.InputError, match="say which: of2, of3"):
+        merged.load()
 
 
 def test_a_full_fine_tune_becomes_an_adapter(tmp_path: Path) -> None:

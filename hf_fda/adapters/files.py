@@ -49,7 +49,9 @@ class AdapterFiles:
 
     @property
     def kind(self) -> str:
-        """The kind of adapter, such as "LORA"."""
+        """The kind of adapter, such as "LORA" or "DoRA"."""
+        if getattr(self.config, "use_dora", False):
+            return "DoRA"
         return str(getattr(self.config.peft_type, "value", self.config.peft_type))
 
     def fingerprint(self) -> str:

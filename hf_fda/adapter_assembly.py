@@ -142,7 +142,7 @@ class AdapterAssembly:
         base = self.plan.inputs.base
         config = adapter_config(self.adapter, ranks, base.id.partition("@")[0], base.commit)
         base_name = {target.name: target.base_name for target in self.parts}
-        known = {own: name for name, own in self._own_names().items()}
+        known = {own: name for name, own in self.plan.inputs.weighted[0].tensor_of.items()}
         tensors = adapter_tensors(
             self.adapter, factors, others, lambda name: base.read(base_name.get(name) or known[name])
         )
@@ -156,13 +156,6 @@ class AdapterAssembly:
         store.write_text(CONFIG, config_text(config))
         shutil.rmtree(folder / FACTORS, ignore_errors=True)
         clean(store)
-
-    def _own_names(self) -> dict[str, str]:
-        """The names in the adapter's model by the base's."""
-        base = self.plan.inputs.base
-        if self.adapter.layout is base.layout:
-            return {name: name for name in base.names}
-        return self.plan.inputs.weighted[0].tensor_of
 
     def _gathered(self) -> tuple[dict[str, LowRank], dict[str, Tensor], AdapterReport]:
         factors, others, reports = {}, {}, []

@@ -12,7 +12,7 @@ from adapters import KINDS, make_base, outputs, relative, save, train
 from conftest import fine_tune, make_model
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaForSequenceClassification
+from transformers import BertForSequenceClassification, LlamaForSequenceClassification
 
 import hf_fda
 from hf_fda.cli import main
@@ -230,7 +230,7 @@ def test_adapters_of_different_task_types_do_not_become_one(tmp_path: Path) -> N
     classifier.model.load_state_dict(base.model.state_dict())
     save(classifier, LoraConfig(**config, task_type="SEQ_CLS"), tmp_path / "judge")
     sources = {name: tmp_path / name for name in ("speaker", "judge")}
-    with pytest.raises(hf_fda.InputError, match="'speaker' is an adapter of a LlamaForCausalLM, 'judge' of a Llama"):
+    with pytest.raises(hf_fda.InputError, match="'speaker' is of a LlamaForCausalLM, 'judge' of a LlamaForSeq"):
         merge(tmp_path / "base", sources, tmp_path / "out", method="linear")
     assert not (tmp_path / "out").exists()
 
@@ -246,3 +246,13 @@ def test_an_adapter_that_names_another_base_is_warned_of(tmp_path: Path) -> None
         plan = hf_fda.plan(str(tmp_path / "base"), [str(tmp_path / f"of-{name}")], "linear", tmp_path / "out")
         warned = [note for note in plan.notes if "somewhere/other" in note and "trained on" in note]
         assert bool(warned) == (name == "other")
+
+
+def test_an_adapter_of_a_whole_classifier_serves_its_own_class(
+    classifiers: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    base, folders = classifiers
+    adapter = hf_fda.extract(base, folders["three"], tmp_path / "out", energy=1.0, quiet=True)
+    expected = outputs(BertForSequenceClassification.from_pretrained(folders["three"]), "bert")
+    assert adapter.tasks == ["three"]
+    assert relative(outputs(adapter.load("three"), "bert"), expected) < 1e-5

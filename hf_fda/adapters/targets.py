@@ -108,22 +108,23 @@ def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:
 
 
 def _layout(inputs: Inputs) -> tuple[ModelLayout, Mapping[str, str], str | None]:
-    """The layout of the model that the adapter is for, and its names by the base's: that of the sources, if all are
-    adapters of one class, else the base's."""
+    """The layout of the model that the adapter is for, which is the sources', its names by the base's, and PEFT's word
+    for its task."""
     sources = inputs.weighted
-    adapters = [source.checkpoint for source in sources if isinstance(source.checkpoint, AdapterCheckpoint)]
-    if len(adapters) < len(sources):
-        return inputs.base.layout, {name: name for name in inputs.base.names}, None
-    first = adapters[0].layout.model_class
-    for source, adapter in zip(sources, adapters, strict=True):
-        if adapter.layout.model_class is not first:
+    if not sources:
+        raise InputError("as_adapter=True: all sources are anchors only; an adapter needs the weights of one at least")
+    first = sources[0].checkpoint.layout
+    for source in sources:
+        own = source.checkpoint.layout.model_class
+        if own is not first.model_class:
             raise InputError(
-                f"as_adapter=True: '{sources[0].name}' is an adapter of a {first.__name__}, '{source.name}' of a "
-                f"{adapter.layout.model_class.__name__}; one adapter serves one class of model: merge adapters of one "
-                "task type, or into a full checkpoint"
+                f"as_adapter=True: '{sources[0].name}' is of a {first.model_class.__name__}, '{source.name}' of a "
+                f"{own.__name__}; one adapter serves one class of model: merge sources of one task type, or into a "
+                "full checkpoint"
             )
+    adapters = [source.checkpoint for source in sources if isinstance(source.checkpoint, AdapterCheckpoint)]
     kinds = {str(getattr(kind, "value", kind)) for a in adapters if (kind := a.files.config.task_type) is not None}
-    return adapters[0].layout, sources[0].tensor_of, kinds.pop() if len(kinds) == 1 else None
+    return first, sources[0].tensor_of, kinds.pop() if len(kinds) == 1 else None
 
 
 def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> tuple[Target, ...]:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from hf_fda.adapters.files import CONFIG, WEIGHTS
-from hf_fda.adapters.report import AdapterReport, ModuleReport
+from hf_fda.adapters.report import REPORT, AdapterReport, ModuleReport
 from hf_fda.adapters.saving import adapter_config, adapter_tensors, config_text
 from hf_fda.adapters.targets import AdapterPlan, Target
-from hf_fda.assembly import BLOCKS
+from hf_fda.assembly import BLOCKS, rule_of
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import RunError
 from hf_fda.lowrank import LowRank, factorise
 from hf_fda.plans import Plan
-from hf_fda.publish import clean, copy_processors, write_heads, write_record
+from hf_fda.publish import clean, copy_processors, remove_model, write_heads, write_record
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
 from hf_fda.taskvectors import TaskVectors
@@ -31,9 +31,6 @@ from hf_fda.version import versions
 
 FACTORS = f"{WORK}/factors"
 """Where factored tensors wait until all are there."""
-
-REPORT = "adapter_report.json"
-"""What the factors leave out, beside the adapter."""
 
 
 class AdapterAssembly:
@@ -71,7 +68,7 @@ class AdapterAssembly:
 
     @cached_property
     def _whole_key(self) -> str:
-        return key_of([self._key(target) for target in self.adapter.targets], str(self.plan.dtype))
+        return key_of([self._key(target) for target in self.adapter.targets], self.plan.arguments)
 
     def units_in(self, target: Target) -> set[str]:
         """The unit that a tensor is adapted with, if it is."""
@@ -91,7 +88,7 @@ class AdapterAssembly:
 
     def _key(self, target: Target) -> str:
         recipe, budget = self.recipes[target.base_name], self.adapter.budget
-        rule = recipe.rule, recipe.config and (recipe.config.name, recipe.config.options())
+        rule = rule_of(recipe, self.plan.seed)
         units = [self.unit_key(self.units[name]) for name in self.units_in(target)]
         own = target.base_name, target.form, target.limit, budget.rank, budget.energy
         return key_of("factors", own, rule, units, self.fingerprints, versions())
@@ -137,6 +134,7 @@ class AdapterAssembly:
             return
         folder = self.plan.output
         (folder / CONFIG).unlink(missing_ok=True)
+        remove_model(self.plan.output, store)
         factors, others, report = self._gathered()
         ranks = {name: product.rank for name, product in factors.items()}
         base = self.plan.inputs.base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from hf_fda.errors import RunError
 from hf_fda.planning import out_dtype
 from hf_fda.plans import Plan
 from hf_fda.publish import publish
+from hf_fda.recipes import Recipe
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
 from hf_fda.taskvectors import TaskVectors
@@ -29,6 +31,13 @@ BLOCKS = f"{WORK}/blocks"
 
 RELEASE_EVERY = 10_000_000
 """Bytes written to a weight file between two times that freed memory is given back."""
+
+
+def rule_of(recipe: Recipe, seed: int) -> tuple[Any, ...]:
+    """What of a recipe determines the tensor it makes, as plain values; the seed where chance has a part in it."""
+    if recipe.config is None:
+        return (recipe.rule,)
+    return recipe.rule, recipe.config.name, recipe.config.options(), seed if recipe.config.random else None
 
 
 class Assembly:
@@ -78,17 +87,7 @@ class Assembly:
     def _shard_key(self, shard: Shard) -> str:
         units = {unit.name: self.unit_key(unit) for unit in self.plan.units if unit.name in self.units_in(shard)}
         recipes = self.plan.result.recipes
-        rules = [
-            (
-                name,
-                recipe.rule,
-                recipe.config.options() if recipe.config else None,
-                recipe.config and recipe.config.name,
-            )
-            for group in shard.groups
-            for name in group
-            for recipe in [recipes[name]]
-        ]
+        rules = [(name, rule_of(recipes[name], self.plan.seed)) for group in shard.groups for name in group]
         specs = {name: (str(spec.dtype), spec.shape) for name, spec in shard.specs.items()}
         return key_of("shard", rules, specs, units, self.fingerprints, versions())
 

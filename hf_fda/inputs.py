@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_fda.adapters import is_adapter, open_adapter
+from hf_fda.adapters import open_source
 from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
 from hf_fda.anchors.files import MANIFEST
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
-from hf_fda.checkpoint.location import locate
-from hf_fda.checkpoint.reader import Checkpoint, FileCheckpoint, ModelCheckpoint, open_checkpoint
+from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint, open_checkpoint
 from hf_fda.errors import InputError, few, nearest
 
 OpenCheckpoint = FileCheckpoint | ModelCheckpoint
@@ -87,7 +86,7 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
     if dual is not None:
         return Source(name, dual.info.source.get("id", name), anchors=dual)
     try:
-        checkpoint = _open_weights(base, name, value, trust_remote_code)
+        checkpoint = open_source(base, value, trust_remote_code, f"source '{name}'")
     except InputError:
         dual = _as_dataset(value)
         if dual is None:
@@ -103,22 +102,6 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
         except (InputError, TypeError) as error:
             raise InputError(f"anchors of '{name}': {error}") from None
     return Source(name, checkpoint.id, aligned, own_anchors)
-
-
-def _open_weights(base: OpenCheckpoint, name: str, value: Any, trust_remote_code: bool) -> Checkpoint:
-    """A source's checkpoint, or its adapter on the base."""
-    location = None
-    if isinstance(value, (str, os.PathLike)):
-        try:
-            location = locate(value)
-        except InputError as error:
-            raise InputError(f"source '{name}': {error}") from None
-    if is_adapter(value, location):
-        try:
-            return open_adapter(value, base, location)
-        except InputError as error:
-            raise InputError(f"source '{name}': {error}") from None
-    return open_checkpoint(value, trust_remote_code=trust_remote_code, label=f"source '{name}'")
 
 
 def _is_head(base: OpenCheckpoint, source: AlignedSource, name: str) -> bool:

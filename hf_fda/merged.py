@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_fda.adapters.files import CONFIG, WEIGHTS
-from hf_fda.adapters.report import AdapterReport, read_report
+from hf_fda.adapters.report import REPORT, AdapterReport, read_report
 from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, model_class_of
@@ -39,7 +39,7 @@ class Merged:
     @property
     def report(self) -> AdapterReport | None:
         """Of a merged adapter, what its factors leave out; None of a whole model."""
-        path = self.folder / "adapter_report.json"
+        path = self.folder / REPORT
         return read_report(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def load(self, task: str | None = None, **kwargs: Any) -> PreTrainedModel:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from hf_fda.adapters.report import AdapterReport
+from hf_fda.adapters.files import CONFIG, WEIGHTS
+from hf_fda.adapters.report import REPORT, AdapterReport
 from hf_fda.cards import model_card
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.location import INDEX
@@ -171,8 +172,25 @@ def copy_processors(plan: Plan) -> None:
             os.replace(partial, plan.output / name)
 
 
+def remove_model(folder: Path, store: Store) -> None:
+    """Remove the whole model of an earlier merge in this folder: libraries would load it in place of the adapter."""
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors"):
+        store.remove(path.name)
+    (folder / INDEX).unlink(missing_ok=True)
+
+
+def _remove_adapter(folder: Path, store: Store) -> None:
+    """Remove the adapter of an earlier merge in this folder: libraries would put it on the merged model."""
+    (folder / CONFIG).unlink(missing_ok=True)
+    if (folder / WEIGHTS).is_file():
+        store.remove(WEIGHTS)
+    (folder / REPORT).unlink(missing_ok=True)
+
+
 def _remove_stale(plan: Plan, store: Store) -> None:
     """Remove weight files of an earlier merge in this folder that this one does not have."""
+    _remove_adapter(plan.output, store)
     files = {shard.file for shard in plan.shards}
     for path in plan.output.glob("model*.safetensors"):
         if path.name not in files:

@@ -256,3 +256,39 @@ def test_an_adapter_of_a_whole_classifier_serves_its_own_class(
     expected = outputs(BertForSequenceClassification.from_pretrained(folders["three"]), "bert")
     assert adapter.tasks == ["three"]
     assert relative(outputs(adapter.load("three"), "bert"), expected) < 1e-5
+
+
+def test_an_adapter_and_a_whole_model_in_one_folder_replace_each_other(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    own = {"own": str(save(base, KINDS["plain"]("llama"), tmp_path / "own"))}
+    for as_adapter in (False, True, False):
+        hf_fda.merge(str(tmp_path / "base"), own, "cat", tmp_path / "out", as_adapter=as_adapter, quiet=True)
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        whole, thin = {"config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
+        assert (thin if as_adapter else whole) <= names
+        assert not (whole if as_adapter else thin) & names
+        assert ("adapter_report.json" in names) == as_adapter
+
+
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_another_seed_makes_a_random_merge_anew(as_adapter: bool, tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    own = {"own": str(save(base, KINDS["plain"]("llama"), tmp_path / "own"))}
+    made = []
+    for seed in (0, 1, 0):
+        options = {"as_adapter": as_adapter, "density": 0.5, "seed": seed, "quiet": True}
+        hf_fda.merge(str(tmp_path / "base"), own, "dare_linear", tmp_path / "out", **options)
+        name = "adapter_model.safetensors" if as_adapter else "model.safetensors"
+        made.append((tmp_path / "out" / name).read_bytes())
+    assert made[0] == made[2] != made[1]
+
+
+def test_anchors_are_made_of_an_adapter(tmp_path: Path) -> None:
+    base = make_base("bert")
+    base.save_pretrained(tmp_path / "base")
+    own = save(base, KINDS["dora"]("bert"), tmp_path / "own")
+    options = {"num_anchors": 3, "num_tokens": 2, "steps": 1}
+    anchors = hf_fda.FunctionalDualAnchors.construct(str(tmp_path / "base"), str(own), quiet=True, **options)
+    assert len(anchors.blocks) == 2

@@ -16,8 +16,8 @@ from hf_fda.adapters.changes import Change, Replaced, find_changes
 from hf_fda.adapters.files import CONFIG, AdapterFiles, from_model, read_files
 from hf_fda.adapters.skeleton import build
 from hf_fda.checkpoint.alignment import match_names
-from hf_fda.checkpoint.location import INDEX, SINGLE, Location
-from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.checkpoint.location import INDEX, SINGLE, Location, locate
+from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
 from hf_fda.errors import InputError
 from hf_fda.lowrank import LowRank
 
@@ -160,3 +160,24 @@ def open_adapter(value: Any, base: Checkpoint, location: Location | None = None)
         return AdapterCheckpoint(from_model(value), base)
     assert location is not None and isinstance(value, (str, os.PathLike))
     return AdapterCheckpoint(read_files(location), base)
+
+
+def open_source(base: Checkpoint, value: Any, trust_remote_code: bool = False, label: str = "source") -> Checkpoint:
+    """Open a source: a checkpoint, or an adapter on the base.
+
+    Args:
+        base: what it was trained from.
+        value: a folder, a Hub id, a transformers model or a `PeftModel`.
+        trust_remote_code: run model code that comes with the checkpoint.
+        label: what to call it in errors.
+
+    Raises:
+        InputError: naming `label`, when it cannot be used.
+    """
+    try:
+        location = locate(value) if isinstance(value, (str, os.PathLike)) else None
+        if is_adapter(value, location):
+            return open_adapter(value, base, location)
+    except InputError as error:
+        raise InputError(f"{label}: {error}") from None
+    return open_checkpoint(value, trust_remote_code=trust_remote_code, label=label)

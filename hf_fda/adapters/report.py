@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+REPORT = "adapter_report.json"
+"""What the factors leave out, beside the adapter."""
+
 
 @dataclass(frozen=True)
 class ModuleReport:

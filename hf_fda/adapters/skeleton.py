@@ -84,18 +84,16 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
 
 def _hollow_out(model: nn.Module) -> dict[int, nn.Parameter]:
     """Give every parameter one stored number in all its places, and return them by identity."""
-    made: dict[int, nn.Parameter] = {}
-    seen: dict[int, nn.Parameter] = {}
+    hollow: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if id(parameter) not in seen:
+            if parameter not in hollow:
                 empty = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                seen[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-            module._parameters[name] = seen[id(parameter)]
-            made[id(seen[id(parameter)])] = seen[id(parameter)]
-    return made
+                hollow[parameter] = nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = hollow[parameter]
+    return {id(own): own for own in hollow.values()}
 
 
 def _model_of(files: AdapterFiles, base: ModelLayout) -> tuple[type[PreTrainedModel], PretrainedConfig]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_fda.adapters import open_source
 from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.files import AnchorsInfo, Construction, provenance
@@ -61,7 +62,7 @@ class Making:
         config = resolve_method("fda", options)
         assert isinstance(config, FDAConfig)
         theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
-        tuned = align(theta, open_checkpoint(source, trust_remote_code=trust_remote_code, label="source"), "source")
+        tuned = align(theta, open_source(theta, source, trust_remote_code), "source")
         size = getattr(theta.config, "hidden_size", None) or theta.config.get_text_config().hidden_size
         config = config.for_family(family_of(theta.layout), int(size))
         units = find_units(theta.layout, config.unit or ("block",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -90,12 +91,12 @@ class Checkpoint(Protocol):
         ...
 
 
-class ReadCheckpoint:
+class ReadCheckpoint(ABC):
     """A checkpoint whose task vectors are differences of what is read."""
 
+    @abstractmethod
     def read(self, name: str, part: slice | None = None) -> Tensor:
         """As `Checkpoint.read`."""
-        raise NotImplementedError
 
     def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
         """As `Checkpoint.task`."""

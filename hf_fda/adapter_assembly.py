@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,46 +15,41 @@ from hf_fda.adapters.files import CONFIG, WEIGHTS
 from hf_fda.adapters.report import REPORT, AdapterReport, ModuleReport
 from hf_fda.adapters.saving import adapter_config, adapter_tensors, config_text
 from hf_fda.adapters.targets import AdapterPlan, Target
-from hf_fda.assembly import BLOCKS, rule_of
+from hf_fda.assembly import BLOCKS, Assembly, rule_of
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import RunError
 from hf_fda.lowrank import LowRank, factorise
-from hf_fda.plans import Plan
 from hf_fda.publish import clean, copy_processors, remove_model, write_heads, write_record
+from hf_fda.recipes import Recipe
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
-from hf_fda.taskvectors import TaskVectors
 from hf_fda.version import versions
 
 FACTORS = f"{WORK}/factors"
 """Where factored tensors wait until all are there."""
 
 
-class AdapterAssembly:
-    """The adapter of one plan.
+class AdapterAssembly(Assembly):
+    """The adapter of one plan; arguments as `Assembly`. The plan's `adapter` is set."""
 
-    Args:
-        plan: what to write; its `adapter` is set.
-        vectors: reads base and sources.
-        fingerprints: hashes of base and sources.
-        unit_key: the hash of everything that determines an adapted unit.
-    """
+    @cached_property
+    def adapter(self) -> AdapterPlan:
+        """What is written."""
+        assert self.plan.adapter is not None
+        return self.plan.adapter
 
-    def __init__(
-        self,
-        plan: Plan,
-        vectors: TaskVectors,
-        fingerprints: Mapping[str, str],
-        unit_key: Callable[[Unit], str],
-    ) -> None:
-        assert plan.adapter is not None
-        self.plan, self.vectors = plan, vectors
-        self.adapter: AdapterPlan = plan.adapter
-        self.fingerprints, self.unit_key = dict(fingerprints), unit_key
-        self.units = {unit.name: unit for unit in plan.units}
-        self.recipes = {plan.result.base_names[name]: recipe for name, recipe in plan.result.recipes.items()}
+    @cached_property
+    def units(self) -> dict[str, Unit]:
+        """The plan's units by name."""
+        return {unit.name: unit for unit in self.plan.units}
+
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """How each tensor is made, by the base's name of it."""
+        result = self.plan.result
+        return {result.base_names[name]: recipe for name, recipe in result.recipes.items()}
 
     @property
     def parts(self) -> tuple[Target, ...]:
@@ -79,8 +73,8 @@ class AdapterAssembly:
         file = f"{FACTORS}/{target.base_name}.safetensors"
 
         def make() -> Callable[[Path], None]:
-            tensors, facts = self._made(target)
-            return lambda path: save_tensors(path, tensors, {"facts": json.dumps(facts)})
+            tensors = self._made(target)
+            return lambda path: save_tensors(path, tensors)
 
         shape = self.plan.inputs.base.shape(target.base_name)
         cost = float(torch.Size(shape).numel() * (min(shape) if len(shape) > 1 else 1))
@@ -93,16 +87,17 @@ class AdapterAssembly:
         own = target.base_name, target.form, target.limit, budget.rank, budget.energy
         return key_of("factors", own, rule, units, self.fingerprints, versions())
 
-    def _made(self, target: Target) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The tensors that stand for one merged tensor, and what they leave out."""
+    def _made(self, target: Target) -> dict[str, Tensor]:
+        """The tensors that stand for one merged tensor, and its norm with the share of it that they leave out."""
         task = self._task(target)
         if target.form != "factors":
             assert isinstance(task, Tensor)
             base = self.plan.inputs.base.read(target.base_name).float()
-            return {"tensor": task if target.form == "bias" else base + task}, {}
+            return {"tensor": task if target.form == "bias" else base + task}
         found = factorise(task, self.adapter.budget, target.limit)
         product = found.product
-        return {"left": product.left, "right": product.right}, {"error": found.error, "norm": found.norm}
+        facts = torch.tensor([found.norm, found.error], dtype=torch.float64)
+        return {"left": product.left, "right": product.right, "facts": facts}
 
     def _task(self, target: Target) -> LowRank | Tensor:
         """The merged task vector of a tensor: as factors where it comes out thin.
@@ -165,14 +160,5 @@ class AdapterAssembly:
                 continue
             product = LowRank(found["left"], found["right"], self.plan.inputs.base.shape(target.base_name))
             factors[target.name] = product
-            facts = json.loads(read_metadata(path)["facts"])
-            reports.append(ModuleReport(target.module, product.rank, facts["norm"], facts["error"]))
+            reports.append(ModuleReport(target.module, product.rank, *found["facts"].tolist()))
         return factors, others, AdapterReport(tuple(reports))
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def rule_of(recipe: Recipe, seed: int) -> tuple[Any, ...]:
     return recipe.rule, recipe.config.name, recipe.config.options(), seed if recipe.config.random else None
 
 
-class Assembly:
-    """The weight files of one plan.
+class Assembly(ABC):
+    """What a plan writes, part by part.
 
     Args:
         plan: what to write.
@@ -59,6 +60,27 @@ class Assembly:
     ) -> None:
         self.plan, self.vectors = plan, vectors
         self.fingerprints, self.unit_key = dict(fingerprints), unit_key
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[Any]:
+        """What is made one by one."""
+
+    @abstractmethod
+    def units_in(self, part: Any) -> set[str]:
+        """The units that a part holds tensors of."""
+
+    @abstractmethod
+    def piece(self, part: Any) -> Piece:
+        """The work of making one part."""
+
+    @abstractmethod
+    def publish(self, store: Store) -> None:
+        """Put the finished parts in their place and write everything around them."""
+
+
+class CheckpointAssembly(Assembly):
+    """The weight files of one plan; arguments as `Assembly`."""
 
     @property
     def parts(self) -> tuple[Shard, ...]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from hf_fda import costs
 from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.adapting import adapted_unit
 from hf_fda.anchors import AnchorBuilder, UnitAnchors
 from hf_fda.anchors.files import Construction, read_unit, unit_file
-from hf_fda.assembly import BLOCKS, Assembly
+from hf_fda.assembly import BLOCKS, Assembly, CheckpointAssembly
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import InputError, RunError
@@ -80,14 +79,12 @@ class Engine:
         self.base = plan.inputs.base
         self.store = Store(plan.output)
         self.vectors = TaskVectors(plan.inputs, plan.device, plan.seed)
-        kind = Assembly if plan.adapter is None else AdapterAssembly
-        self.assembly: Assembly | AdapterAssembly = kind(
-            plan, self.vectors, self.fingerprints, lambda unit: self._unit_keys[unit.name]
-        )
+        kind: type[Assembly] = CheckpointAssembly if plan.adapter is None else AdapterAssembly
+        self.assembly = kind(plan, self.vectors, self.fingerprints, lambda unit: self._unit_keys[unit.name])
 
     def merge(self) -> None:
         """Construct, adapt, assemble, publish: each stage begins when all processes have ended the one before."""
-        parts: Any = self.assembly.parts
+        parts = self.assembly.parts
         writing = [self.assembly.piece(part) for part in parts]
         written = find_finished(writing, self.store, self.team)
         self._construct()

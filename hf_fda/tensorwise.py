@@ -60,7 +60,8 @@ def apply_to_factors(
         return add([task.scaled(factor) for task, factor in pairs if task is not None])
     if not config.rotates or role not in ("linear", "conv1d") or sum(task.rank for task in there) >= min(shape):
         return None
-    left, right = (torch.linalg.qr(part)[0] for part in (add(there).left, add(there).right.mT))
+    beside = add(there)
+    left, right = (torch.linalg.qr(part)[0] for part in (beside.left, beside.right.mT))
     nothing = left.new_zeros(left.shape[1], right.shape[1])
     cores = [nothing if task is None else (left.mT @ task.left) @ (task.right @ right) for task in tasks]
     if role == "conv1d":

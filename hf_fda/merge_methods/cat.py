@@ -32,21 +32,11 @@ class SVDConfig(CatConfig):
     summary: ClassVar[str] = "weighted sum of the task vectors, kept in an adapter of a given rank or energy"
 
 
+@register(SVDConfig)
 @register(CatConfig)
 def cat(base: Tensor, tasks: Sequence[Tensor], config: CatConfig) -> Tensor:
-    """``lambda * sum_i w_i tau_i``. In a merged adapter the factors of all adapters lie beside each other.
-
-    Args:
-        base: theta_0, any shape (unused).
-        tasks: K task tensors of that shape.
-        config: the options; `weights` in the order of `tasks`.
-    """
-    return task_arithmetic(base, tasks, config)
-
-
-@register(SVDConfig)
-def svd(base: Tensor, tasks: Sequence[Tensor], config: SVDConfig) -> Tensor:
-    """As `cat`. In a merged adapter it is truncated to the `rank` or `energy` that is asked for.
+    """``lambda * sum_i w_i tau_i``. In a merged adapter the factors of all adapters lie beside each other, truncated to
+    the `rank` or `energy` that is asked for.
 
     Args:
         base: theta_0, any shape (unused).

@@ -101,6 +101,14 @@ class TaskVectorConfig(MethodConfig):
         None, "a factor for each source: a list in the order of the sources, or by source name"
     )
 
+    def weight_of_each(self, count: int) -> tuple[float, ...]:
+        """The weights in the order of the sources; ones where there are none.
+
+        Args:
+            count: K, the number of sources.
+        """
+        return self.source_weights() or (1.0,) * count
+
     def source_weights(self) -> tuple[float, ...] | None:
         """`weights` as a tuple in the order of the sources, or None.
 

@@ -64,6 +64,6 @@ def dare_ties(base: Tensor, tasks: Sequence[Tensor], config: DARETIESConfig, gen
         generator: draws the entries that stay, on the CPU.
     """
     kept = [drop(task, config.density, generator) for task in tasks]
-    weights = config.source_weights() or (1.0,) * len(tasks)
+    weights = config.weight_of_each(len(tasks))
     method, normalize = config.majority_sign_method, config.normalize
     return config.scaling * agreeing_mean(weighted(kept, weights), weights, method, normalize)

@@ -40,9 +40,6 @@ COEFFICIENT_EPOCHS = 20
 COEFFICIENT_STEP = 3e-2
 """Its step size, as a fraction of the sum of the task vectors' magnitudes, falling to zero."""
 
-SPECTRAL = ("tsv", "isotropic")
-"""Starts to which merged text models stay half way (WiSE-FT, arXiv 2109.01903): they hold what anchors do not show."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class FDAConfig(MethodConfig):
@@ -176,8 +173,9 @@ class FDAConfig(MethodConfig):
         else:
             chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else COEFFICIENT_EPOCHS
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
-        started = self.initial.name if isinstance(self.initial, MethodConfig) else self.initial
-        chosen["interpolation"] = 0.5 if started in SPECTRAL and family != "vision" else 1.0
+        # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903)
+        spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates
+        chosen["interpolation"] = 0.5 if spectral and family != "vision" else 1.0
         chosen["batch_size"] = max(128, (self.num_anchors or chosen["num_anchors"]) // 4)
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)

@@ -35,7 +35,7 @@ def knots(base: Tensor, tasks: Sequence[Tensor], config: KnOTSConfig) -> Tensor:
         tasks: K task tensors of that shape.
         config: the options, as of `ties`; `weights` in the order of `tasks`.
     """
-    weights = config.source_weights() or (1.0,) * len(tasks)
+    weights = config.weight_of_each(len(tasks))
     own = weighted(tasks, weights)
     if base.ndim != 2:
         return config.scaling * mean(own)

@@ -25,7 +25,7 @@ class TaskArithmeticConfig(TaskVectorConfig):
 
     def coefficients(self, count: int) -> tuple[float, ...]:
         """``lambda w_i``."""
-        return tuple(self.scaling * weight for weight in self.source_weights() or (1.0,) * count)
+        return tuple(self.scaling * weight for weight in self.weight_of_each(count))
 
 
 @register(TaskArithmeticConfig)

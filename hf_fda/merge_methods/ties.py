@@ -40,6 +40,6 @@ def ties(base: Tensor, tasks: Sequence[Tensor], config: TIESConfig) -> Tensor:
         config: the options; `weights` in the order of `tasks`.
     """
     trimmed = [trim(task, config.density) for task in tasks]
-    weights = config.source_weights() or (1.0,) * len(tasks)
+    weights = config.weight_of_each(len(tasks))
     method, normalize = config.majority_sign_method, config.normalize
     return config.scaling * agreeing_mean(weighted(trimmed, weights), weights, method, normalize)

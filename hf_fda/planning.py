@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -15,27 +15,18 @@ from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.adapters.targets import plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
-from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
-from hf_fda.devices import resolve_device
-from hf_fda.errors import InputError, nearest
+from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
+from hf_fda.errors import InputError
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, open_inputs
-from hf_fda.lowrank import Budget
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.notes import notes_of
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import predict
 from hf_fda.provenance import record
-from hf_fda.recipes import Heads, Output, decide
-from hf_fda.store import new_folder
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+from hf_fda.recipes import Output, decide
+from hf_fda.settings import Settings
 
 
 def plan(
@@ -90,38 +81,56 @@ def plan(
     config = resolve_method(method, options)
     if data is not None:
         raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
-    _check_settings(dtype, heads, seed, max_shard_bytes)
-    budget = _budget(as_adapter, rank, energy)
-    folder = new_folder(output)
-    chosen = resolve_device(device)
-    inputs = open_inputs(base, sources, anchors, trust_remote_code)
-    _check_apart(folder, inputs)
+    settings = Settings.checked(output, device, dtype, seed, heads, max_shard_bytes, as_adapter, rank, energy)
+    checked = make_plan(open_inputs(base, sources, anchors, trust_remote_code), config, settings)
+    return checked if processes is None else replace(checked, time=predict(checked, processes))
+
+
+def make_plan(
+    inputs: Inputs,
+    config: MethodConfig,
+    settings: Settings,
+    at: Callable[[str], MethodConfig] | None = None,
+    document: dict[str, Any] | None = None,
+) -> Plan:
+    """Check a merge of what is open.
+
+    Args:
+        inputs: base and sources.
+        config: the merge method.
+        settings: where and how it is written.
+        at: the method's config for one of the base's tensors by name, where it is not everywhere the same.
+        document: the configuration that the merge was read from, as plain values; it says how to make it again.
+
+    Raises:
+        InputError: naming the argument, source or tensor that cannot be used, and the way out.
+    """
+    _check_apart(settings.output, inputs)
     config = _complete(config, inputs)
     units = _units(config, inputs)
-    result = decide(inputs, config, units, cast(Heads, heads))
-    out_dtype = DTYPES.get(dtype)
-    adapter = None if budget is None else plan_adapter(inputs, result, budget)
+    result = decide(inputs, config, units, settings.heads, at)
+    adapter = None if settings.budget is None else plan_adapter(inputs, result, settings.budget)
+    shards: tuple[Shard, ...] = ()
     if adapter is None:
         _check_ties(inputs, result)
-    shards = () if adapter is not None else plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
-    checked = Plan(
+        shards = plan_shards(_groups(inputs, result, settings.torch_dtype), settings.max_shard_bytes)
+    return Plan(
         inputs=inputs,
         config=config,
-        output=folder,
+        output=settings.output,
         result=result,
         units=units,
         shards=shards,
-        dtype=out_dtype,
-        device=chosen,
-        seed=int(seed),
-        heads=cast(Heads, heads),
-        arguments=record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
+        dtype=settings.torch_dtype,
+        device=settings.device,
+        seed=settings.seed,
+        heads=settings.heads,
+        arguments=record(inputs, config, settings, document),
         peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
         notes=tuple(notes_of(inputs, config, result, adapter)),
         adapter=adapter,
     )
-    return checked if processes is None else replace(checked, time=predict(checked, processes))
 
 
 def check_disk(plan: Plan) -> None:
@@ -142,16 +151,6 @@ def check_disk(plan: Plan) -> None:
         )
 
 
-def _check_settings(dtype: Any, heads: Any, seed: Any, max_shard_bytes: Any) -> None:
-    if not isinstance(dtype, str) or dtype not in ("auto", *DTYPES):
-        raise InputError(f"dtype '{dtype}': {nearest(str(dtype), ['auto', *DTYPES])}")
-    if heads not in ("keep", "merge"):
-        raise InputError(f"heads '{heads}': {nearest(str(heads), ['keep', 'merge'])}")
-    for name, value, least in (("seed", seed, 0), ("max_shard_bytes", max_shard_bytes, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} must be a whole number, at least {least}, not {value!r}")
-
-
 def _check_ties(inputs: Inputs, result: Output) -> None:
     """Refuse an adapter that changes one of two tied tensors: in PEFT the other stays, in a checkpoint it cannot."""
     for source in inputs.weighted:
@@ -164,16 +163,6 @@ def _check_ties(inputs: Inputs, result: Output) -> None:
                     f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
                     f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
                 )
-
-
-def _budget(as_adapter: Any, rank: Any, energy: Any) -> Budget | None:
-    """How large a merged adapter's factors may be; None where no adapter is written."""
-    if not as_adapter:
-        for name, value in (("rank", rank), ("energy", energy)):
-            if value is not None:
-                raise InputError(f"{name} is of a merged adapter's factors; it needs as_adapter=True (--as-adapter)")
-        return None
-    return Budget.checked(rank, energy)
 
 
 def _check_apart(output: Path, inputs: Inputs) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from hf_fda.inputs import Inputs, Source
-from hf_fda.lowrank import Budget
 from hf_fda.merge_methods import MethodConfig
+from hf_fda.settings import Settings
 
 
 def record(
-    inputs: Inputs,
-    config: MethodConfig,
-    dtype: str,
-    seed: int,
-    heads: str,
-    max_shard_bytes: int,
-    budget: Budget | None,
+    inputs: Inputs, config: MethodConfig, settings: Settings, document: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The merge as plain values: the content of `merge_config.yaml`."""
+    """The merge as plain values: the content of `merge_config.yaml`.
+
+    Args:
+        inputs: base and sources.
+        config: the merge method, complete.
+        settings: where and how it is written.
+        document: the configuration that it was read from, if it was.
+    """
+    budget = settings.budget
     record: dict[str, Any] = {
         "base": pinned(inputs.base.id, inputs.base.commit),
         "sources": {
@@ -29,15 +31,17 @@ def record(
         },
         "method": config.name,
         "options": stated_options(config),
-        "dtype": dtype,
-        "seed": int(seed),
-        "heads": heads,
-        "max_shard_bytes": max_shard_bytes,
+        "dtype": settings.dtype,
+        "seed": settings.seed,
+        "heads": settings.heads,
+        "max_shard_bytes": settings.max_shard_bytes,
     }
     if budget is not None:
         record |= {"as_adapter": True, "rank": budget.rank, "energy": budget.energy}
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
-    return {**record, "anchors": given} if given else record
+    if given:
+        record["anchors"] = given
+    return record if document is None else {**record, "mergekit": document}
 
 
 def stated_options(config: MethodConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +44,13 @@ class Output:
     heads: tuple[TaskHead, ...]
 
 
-def decide(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], heads: Heads) -> Output:
+def decide(
+    inputs: Inputs,
+    config: MethodConfig,
+    units: Sequence[Unit],
+    heads: Heads,
+    at: Callable[[str], MethodConfig] | None = None,
+) -> Output:
     """Decide how every tensor of the merged model is made.
 
     Args:
@@ -52,6 +58,7 @@ def decide(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], heads: H
         config: the merge method, complete.
         units: what function-space methods merge.
         heads: "keep" each source's task head beside the merged body, or "merge" them into one.
+        at: the config for one of the base's tensors by name, where it is not everywhere the same.
 
     Raises:
         InputError: when sources have tensors that have no place in the output.
@@ -82,7 +89,8 @@ def decide(inputs: Inputs, config: MethodConfig, units: Sequence[Unit], heads: H
         elif where[name] == "after" and merged_heads:
             recipes[name] = Recipe("method", LinearConfig())
         else:
-            recipes[name] = _by_method(config, inside=own.startswith(blocks))
+            here = config if at is None else at(own)
+            recipes[name] = _by_method(here, inside=own.startswith(blocks))
     present = [name for name in recipes if name in base_names or recipes[name].rule == "soup"]
     return Output(layout, {name: recipes[name] for name in present}, base_names, kept)
 

@@ -12,6 +12,7 @@ from hf_fda.version import __version__
 
 if TYPE_CHECKING:
     from hf_fda.anchors import FunctionalDualAnchors
+    from hf_fda.configured import merge_config, plan_config
     from hf_fda.errors import HFFDAError, InputError, RunError
     from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
     from hf_fda.merged import Merged, load
@@ -34,8 +35,10 @@ _PLACES = {
     "load": "hf_fda.merged",
     "merge": "hf_fda.merging",
     "merge_adapters": "hf_fda.merging_adapters",
+    "merge_config": "hf_fda.configured",
     "methods": "hf_fda.merge_methods",
     "plan": "hf_fda.planning",
+    "plan_config": "hf_fda.configured",
     "push": "hf_fda.pushing",
 }
 
@@ -53,8 +56,10 @@ __all__ = [
     "load",
     "merge",
     "merge_adapters",
+    "merge_config",
     "methods",
     "plan",
+    "plan_config",
     "push",
 ]
 

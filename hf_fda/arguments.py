@@ -14,8 +14,8 @@ CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", *SETTINGS)
 
 def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
     """What `merge` and `plan` get: the configuration file, overruled by what the command line says."""
-    given = _read_config(Path(arguments.config)) if arguments.config else {}
-    options = {**_read_options(given.pop("options", None)), **method_options(loose)}
+    given = read_config(Path(arguments.config)) if arguments.config else {}
+    options = {**read_options(given.pop("options", None)), **method_options(loose)}
     for name in ("base", "method", "output", *SETTINGS):
         value = getattr(arguments, name)
         if value is not None and value is not False:
@@ -30,13 +30,44 @@ def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]])
     return {**given, **options}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
+def document_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
+    """What the command line says beside a configuration of mergekit's, which says the rest itself.
 
+    Raises:
+        InputError: when the command line says some of the rest too.
+    """
+    said = [name for name in ("base", "source", "method", "anchors") if getattr(arguments, name)]
+    said += [name for name, _ in loose]
+    if said:
+        raise InputError(f"--{said[0].replace('_', '-')}: {arguments.config} says that itself; change it there")
+    given = {name: getattr(arguments, name) for name in ("output", *SETTINGS)}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file.
+
+    Raises:
+        InputError: when it is not there, or no text.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such configuration file")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no text, so no configuration") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration of our own as arguments of `merge` and `plan`; the method's options under `options`.
+
+    Raises:
+        InputError: when it is no YAML, or has unknown keys.
+    """
+    import yaml
+
+    try:
+        given = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(given, dict):
@@ -47,7 +78,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return given
 
 
-def _read_options(options: Any) -> dict[str, Any]:
+def read_options(options: Any) -> dict[str, Any]:
     """The method's options in a configuration file; a name that is an argument of its own is not one."""
     if options is None:
         return {}

@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from hf_fda.arguments import merge_arguments, method_options
+from hf_fda.arguments import document_arguments, merge_arguments, method_options, read_text
 from hf_fda.errors import HFFDAError, InputError, PeerError, agreed
 from hf_fda.launch import is_main, several
 from hf_fda.version import __version__
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.agreed:
             _part()
         return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         if is_main():
             print("hf-fda: interrupted; the same command goes on from here", file=sys.stderr)
@@ -67,9 +70,13 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
+    from hf_fda.configured import merge_config
     from hf_fda.merging import merge
 
-    merged = merge(**_agreed_arguments(arguments, loose), quiet=arguments.quiet)
+    if is_document(arguments.config):
+        merged = merge_config(arguments.config, quiet=arguments.quiet, **document_arguments(arguments, loose))
+    else:
+        merged = merge(**_agreed_arguments(arguments, loose), quiet=arguments.quiet)
     if not arguments.quiet and is_main():
         print(f"Merged into {merged.folder}")
         if merged.report is not None:
@@ -79,11 +86,22 @@ def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
 
 
 def _plan(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
+    from hf_fda.configured import plan_config
     from hf_fda.planning import plan
 
-    checked = plan(**_agreed_arguments(arguments, loose), processes=arguments.processes)
+    if is_document(arguments.config):
+        plans = plan_config(arguments.config, processes=arguments.processes, **document_arguments(arguments, loose))
+    else:
+        plans = (plan(**_agreed_arguments(arguments, loose), processes=arguments.processes),)
     if is_main():
-        print(checked)
+        print(*plans, sep="\n\n")
+
+
+def is_document(config: str | None) -> bool:
+    """Whether a configuration file is there and mergekit's."""
+    from hf_fda.mergekit import is_mergekit
+
+    return config is not None and is_mergekit(read_text(Path(config)))
 
 
 def _agreed_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
 from hf_fda.anchors.files import MANIFEST
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
-from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint, open_checkpoint
+from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
 from hf_fda.errors import InputError, few, nearest
-
-OpenCheckpoint = FileCheckpoint | ModelCheckpoint
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Source:
 class Inputs:
     """Everything a merge reads."""
 
-    base: OpenCheckpoint
+    base: Checkpoint
     sources: tuple[Source, ...]
 
     @property
@@ -81,7 +79,7 @@ def open_inputs(
     return Inputs(theta, opened)
 
 
-def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remote_code: bool) -> Source:
+def _open(base: Checkpoint, name: str, value: Any, anchors: Any, trust_remote_code: bool) -> Source:
     dual = _as_anchors(value)
     if dual is not None:
         return Source(name, dual.info.source.get("id", name), anchors=dual)
@@ -104,7 +102,7 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
     return Source(name, checkpoint.id, aligned, own_anchors)
 
 
-def _is_head(base: OpenCheckpoint, source: AlignedSource, name: str) -> bool:
+def _is_head(base: Checkpoint, source: AlignedSource, name: str) -> bool:
     """A tensor outside the bare model in both: heads of different sizes may bear one name."""
     own = f"{base.layout.model.base_model_prefix}."
     other = f"{source.checkpoint.layout.model.base_model_prefix}."
@@ -113,7 +111,7 @@ def _is_head(base: OpenCheckpoint, source: AlignedSource, name: str) -> bool:
     return not inside and not bare
 
 
-def _check_complete(base: OpenCheckpoint, source: AlignedSource) -> None:
+def _check_complete(base: Checkpoint, source: AlignedSource) -> None:
     """Refuse a source that lacks tensors the base has, or has more in its blocks.
 
     What follows the last block may differ, and a whole tower may be absent (a vision fine-tune of a CLIP).

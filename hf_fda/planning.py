@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_s
 from hf_fda.notes import notes_of
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import predict
-from hf_fda.provenance import record
+from hf_fda.provenance import Described, record
 from hf_fda.recipes import Output, decide
 from hf_fda.settings import Settings
 
@@ -90,8 +90,7 @@ def make_plan(
     inputs: Inputs,
     config: MethodConfig,
     settings: Settings,
-    at: Callable[[str], MethodConfig] | None = None,
-    document: dict[str, Any] | None = None,
+    described: Described | None = None,
 ) -> Plan:
     """Check a merge of what is open.
 
@@ -99,8 +98,7 @@ def make_plan(
         inputs: base and sources.
         config: the merge method.
         settings: where and how it is written.
-        at: the method's config for one of the base's tensors by name, where it is not everywhere the same.
-        document: the configuration that the merge was read from, as plain values; it says how to make it again.
+        described: what the configuration says that the merge was read from.
 
     Raises:
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
@@ -108,7 +106,7 @@ def make_plan(
     _check_apart(settings.output, inputs)
     config = _complete(config, inputs)
     units = _units(config, inputs)
-    result = decide(inputs, config, units, settings.heads, at)
+    result = decide(inputs, config, units, settings.heads, described.at if described is not None else None)
     adapter = None if settings.budget is None else plan_adapter(inputs, result, settings.budget)
     shards: tuple[Shard, ...] = ()
     if adapter is None:
@@ -125,7 +123,7 @@ def make_plan(
         device=settings.device,
         seed=settings.seed,
         heads=settings.heads,
-        arguments=record(inputs, config, settings, document),
+        arguments=record(inputs, config, settings, described),
         peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
         notes=tuple(notes_of(inputs, config, result, adapter)),

@@ -73,7 +73,8 @@ class Plan:
             kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
             what = "anchors only" if source.weights is None else _kind(source.weights.checkpoint)
             lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
-        options = {name: value for name, value in self.config.options().items() if value is not None}
+        stated = {**self.config.options(), **self.arguments["options"]}
+        options = {name: value for name, value in stated.items() if value is not None}
         lines.append("  options   " + ", ".join(f"{name}={_brief(value)}" for name, value in options.items()))
         lines.append(f"  work      {self._work()}")
         lines.append(f"  writes    {', '.join(self._writes())}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from hf_fda.inputs import Inputs, Source
@@ -9,8 +11,21 @@ from hf_fda.merge_methods import MethodConfig
 from hf_fda.settings import Settings
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a configuration file of another tool says of a merge beyond base, sources and one config for all.
+
+    `document` is its content as plain values; `at` gives the config for one of the base's tensors by name, None where
+    it is everywhere the same; `varying` are the options that are not.
+    """
+
+    document: dict[str, Any]
+    at: Callable[[str], MethodConfig] | None = None
+    varying: tuple[str, ...] = ()
+
+
 def record(
-    inputs: Inputs, config: MethodConfig, settings: Settings, document: dict[str, Any] | None = None
+    inputs: Inputs, config: MethodConfig, settings: Settings, described: Described | None = None
 ) -> dict[str, Any]:
     """The merge as plain values: the content of `merge_config.yaml`.
 
@@ -18,7 +33,7 @@ def record(
         inputs: base and sources.
         config: the merge method, complete.
         settings: where and how it is written.
-        document: the configuration that it was read from, if it was.
+        described: what the configuration says that it was read from.
     """
     budget = settings.budget
     record: dict[str, Any] = {
@@ -41,7 +56,10 @@ def record(
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
     if given:
         record["anchors"] = given
-    return record if document is None else {**record, "mergekit": document}
+    if described is not None:
+        record["options"] |= dict.fromkeys(described.varying, "differs by tensor, see merge_config.yaml")
+        record["mergekit"] = described.document
+    return record
 
 
 def stated_options(config: MethodConfig) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def write_heads(plan: Plan, store: Store) -> None:
 
 def merge_yaml(plan: Plan) -> str:
     """The text of `merge_config.yaml`: `hf-fda merge merge_config.yaml --output DIR` makes the same model again."""
-    return yaml.safe_dump(plan.arguments, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(plan.arguments.get("mergekit", plan.arguments), sort_keys=False, allow_unicode=True)
 
 
 def card_facts(plan: Plan) -> dict[str, object]:

@@ -16,7 +16,7 @@ from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.files import AnchorsInfo, Construction, provenance
 from hf_fda.blocks import Unit, family_of, find_units
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
-from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint, open_checkpoint
+from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
 from hf_fda.costs import construction
 from hf_fda.devices import resolve_device
 from hf_fda.merge_methods.fda import FDAConfig
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Making:
     """The anchors of one model, ready to be made: of which model, how, and into which folder (None: memory)."""
 
-    base: FileCheckpoint | ModelCheckpoint
+    base: Checkpoint
     source: AlignedSource
     builder: AnchorBuilder
     folder: Path | None

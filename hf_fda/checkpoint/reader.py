@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -260,12 +260,12 @@ class ModelCheckpoint(ReadCheckpoint):
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str] | PreTrainedModel | FileCheckpoint | ModelCheckpoint,
+    source: str | os.PathLike[str] | PreTrainedModel | Checkpoint,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
     label: str = "model",
-) -> FileCheckpoint | ModelCheckpoint:
+) -> Checkpoint:
     """Open a checkpoint: a folder, a Hub id ("org/name", "org/name@revision") or a model in memory.
 
     Args:
@@ -278,8 +278,8 @@ def open_checkpoint(
         InputError: naming `label`, when it cannot be used.
     """
     try:
-        if isinstance(source, (FileCheckpoint, ModelCheckpoint)):
-            return source
+        if isinstance(source, ReadCheckpoint):
+            return cast(Checkpoint, source)
         if isinstance(source, PreTrainedModel):
             return ModelCheckpoint(source, source.config._name_or_path or type(source).__name__)
         if not isinstance(source, (str, os.PathLike)):

@@ -36,10 +36,11 @@ def _general_classes() -> frozenset[str]:
 def has_task_head(layout: ModelLayout) -> bool:
     """Whether a model class ends in a head of its task's own: neither a bare model nor a language model.
 
-    A model whose class is not in the library's lists has one when its name says "For" something.
+    A model whose class is not in the library's lists has one when its name says "For" something; of one that
+    transformers does not know at all nothing is told apart.
     """
     name = layout.model_class.__name__
-    return name not in _general_classes() and "For" in name
+    return layout.known and name not in _general_classes() and "For" in name
 
 
 @dataclass(frozen=True)

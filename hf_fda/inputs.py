@@ -90,6 +90,7 @@ def _open(base: Checkpoint, name: str, value: Any, anchors: Any, trust_remote_co
         if dual is None:
             raise
         return Source(name, dual.info.source.get("id", name), anchors=dual)
+    _check_known(base, checkpoint, name)
     aligned = align(base, checkpoint, name)
     _check_complete(base, aligned)
     check_shapes(base, aligned, [own for own in aligned.tensor_of if not _is_head(base, aligned, own)])
@@ -100,6 +101,18 @@ def _open(base: Checkpoint, name: str, value: Any, anchors: Any, trust_remote_co
         except (InputError, TypeError) as error:
             raise InputError(f"anchors of '{name}': {error}") from None
     return Source(name, checkpoint.id, aligned, own_anchors)
+
+
+def _check_known(base: Checkpoint, source: Checkpoint, name: str) -> None:
+    """Refuse to match a model that transformers knows to one that it does not: their names mean different things."""
+    if base.layout.known == source.layout.known:
+        return
+    strange, label = (source, f"source '{name}'") if base.layout.known else (base, "the base")
+    raise InputError(
+        f"source '{name}' ({source.id}) and the base ({base.id}) are not of one architecture: config.json of {label} "
+        f"names {strange.layout.model_class.__name__}, which transformers does not know; update transformers, or pass "
+        "trust_remote_code=True if it comes with code that you trust"
+    )
 
 
 def _is_head(base: Checkpoint, source: AlignedSource, name: str) -> bool:

@@ -18,7 +18,7 @@ from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, model_class_of
 from hf_fda.checkpoint.location import Location, locate
-from hf_fda.checkpoint.reader import FileCheckpoint
+from hf_fda.checkpoint.reader import FileCheckpoint, is_unknown
 from hf_fda.errors import InputError, few, nearest
 from hf_fda.pushing import push
 
@@ -100,6 +100,11 @@ def load(
         raise InputError(f"{source}: is a whole model; base is for merged adapters")
     if "config.json" not in location.names:
         raise InputError(f"{source}: no finished model in it (no config.json); run its merge to the end first")
+    if is_unknown(location, trust_remote_code):
+        raise InputError(
+            f"{source}: transformers does not know its architecture; pass trust_remote_code=True if it comes with code "
+            "that you trust, else open its tensors by safetensors"
+        )
     if task is None:
         config = _config(location, "config.json", trust_remote_code)
         where = str(location.folder or location.repo_id)

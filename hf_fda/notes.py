@@ -22,6 +22,11 @@ def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: Adap
         adapter: the adapter that is written, if one is.
     """
     notes = _adapter_notes(inputs, adapter)
+    if not inputs.base.layout.known:
+        notes.append(
+            f"transformers does not know {inputs.base.layout.model_class.__name__}: it is merged tensor by tensor, by "
+            "the names in the files, and the output has the base's configuration and code"
+        )
     for source in inputs.weighted:
         if isinstance(source.checkpoint, AdapterCheckpoint):
             notes.extend(_another_base(source.name, source.checkpoint, inputs.base))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -137,10 +136,7 @@ def _licence(location: object) -> str:
 
 
 def _output_config(plan: Plan) -> str:
-    config = copy.deepcopy(plan.result.layout.config)
-    config.architectures = [plan.result.layout.model_class.__name__]
-    facts = json.loads(config.to_json_string(use_diff=True))
-    facts.pop("_name_or_path", None)
+    facts = plan.result.layout.written_config()
     if plan.dtype is not None:
         facts["dtype"] = str(plan.dtype).removeprefix("torch.")
     return json.dumps(facts, indent=2, sort_keys=True) + "\n"
@@ -152,19 +148,17 @@ def _write_head(store: Store, source: AlignedSource, head: TaskHead) -> None:
     tensors = layout.to_disk({name: source.checkpoint.read(name) for name in head.tensors})
     folder = f"task_heads/{head.task}"
     store.write(f"{folder}/model.safetensors", "head", lambda path: save_tensors(path, tensors))
-    config = copy.deepcopy(layout.config)
-    config.architectures = [layout.model_class.__name__]
-    facts = json.loads(config.to_json_string(use_diff=True))
-    facts.pop("_name_or_path", None)
-    store.write_text(f"{folder}/config.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    store.write_text(f"{folder}/config.json", json.dumps(layout.written_config(), indent=2, sort_keys=True) + "\n")
 
 
 def copy_processors(plan: Plan) -> None:
-    """Copy tokenizer and the like from the base."""
+    """Copy tokenizer and the like from the base, and the code that its configuration refers to."""
     location = plan.inputs.base.location
     if location is None:
         return
-    for name in PROCESSORS:
+    written = plan.result.layout.written_config()
+    code = [name for name in location.names if name.endswith(".py") and "/" not in name and "auto_map" in written]
+    for name in (*PROCESSORS, *code):
         if name in location.names and not (plan.adapter is not None and name == "generation_config.json"):
             partial = plan.output / WORK / "partial" / name
             partial.parent.mkdir(parents=True, exist_ok=True)

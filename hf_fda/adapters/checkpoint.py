@@ -37,6 +37,11 @@ class AdapterCheckpoint:
     missing: tuple[str, ...] = ()
 
     def __init__(self, files: AdapterFiles, base: Checkpoint) -> None:
+        if not base.layout.known:
+            raise InputError(
+                f"{files.id}: the base is a {base.layout.model_class.__name__}, which transformers does not "
+                "know, so that no adapter can be put on it; pass trust_remote_code=True if it comes with code you trust"
+            )
         self.files, self.base = files, base
         self.id, self.location = files.id, files.location
         self.commit = files.location.commit if files.location is not None else None

@@ -55,6 +55,11 @@ def require_blocks(layout: ModelLayout) -> tuple[str, ...]:
         InputError: when the model has none.
     """
     blocks = find_blocks(layout.model)
+    if not layout.known:
+        raise InputError(
+            f"{layout.model_class.__name__} is not in transformers, so its blocks are not known; use a parameter-space "
+            "method, or pass trust_remote_code=True if it comes with code that you trust"
+        )
     if not blocks:
         raise InputError(f"{layout.model_class.__name__} has no repeated blocks; use a parameter-space method")
     return blocks
@@ -101,6 +106,8 @@ def regions(layout: ModelLayout) -> dict[str, Region]:
     they are registered.
     """
     blocks = tuple(f"{block}." for block in find_blocks(layout.model))
+    if not blocks:
+        return dict.fromkeys(layout.names, "before")
     order = _execution_order(layout)
     last = max((position for position, path in enumerate(order) if f"{path}.".startswith(blocks)), default=-1)
     first_run: dict[str, int] = {}
@@ -113,7 +120,7 @@ def regions(layout: ModelLayout) -> dict[str, Region]:
         else:
             owner = name.rpartition(".")[0]
             runs = first_run.get(owner, -1)  # a module that never runs (an unused token) counts as before
-            result[name] = "after" if blocks and runs > last else "before"
+            result[name] = "after" if runs > last else "before"
     return result
 
 

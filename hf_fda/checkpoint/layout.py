@@ -8,6 +8,7 @@ tensors where only shapes are asked for.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,6 +112,9 @@ class ModelLayout:
         model_class: its class.
     """
 
+    known = True
+    """Whether transformers knows the class."""
+
     def __init__(self, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
         self.config = config
         self.model_class = model_class
@@ -207,6 +211,14 @@ class ModelLayout:
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in memory (whole groups, by name) under the names and in the shapes `save_pretrained` writes."""
         return revert_weight_conversion(self.model, dict(tensors))
+
+    def written_config(self) -> dict[str, Any]:
+        """The content of `config.json` for a model of this layout."""
+        config = copy.deepcopy(self.config)
+        config.architectures = [self.model_class.__name__]
+        facts: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+        facts.pop("_name_or_path", None)
+        return facts
 
 
 def _role(module: nn.Module, shape: tuple[int, ...]) -> Role:

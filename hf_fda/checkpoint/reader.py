@@ -11,12 +11,14 @@ from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from hf_fda.checkpoint.header import TensorEntry, read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, TensorGroup, model_class_of
 from hf_fda.checkpoint.location import Location, locate
+from hf_fda.checkpoint.tensorlayout import TensorLayout
 from hf_fda.errors import InputError, few
 from hf_fda.lowrank import LowRank
 
@@ -134,10 +136,13 @@ class FileCheckpoint(ReadCheckpoint):
         self.id = location.id
         self.commit = location.commit
         files = location.weight_files()
-        self.layout = ModelLayout(*_configuration(location, trust_remote_code))
+        config = None if is_unknown(location, trust_remote_code) else _configuration(location, trust_remote_code)
         self._entries: dict[str, tuple[str, TensorEntry]] = {
             name: (file, entry) for file in files for name, entry in location.header(file).items()
         }
+        entries = {name: entry for name, (_, entry) in self._entries.items()}
+        facts = location.json("config.json")
+        self.layout = TensorLayout(facts, entries) if config is None else ModelLayout(*config)
         groups, self.unexpected = self.layout.groups(self._entries)
         self.groups: tuple[TensorGroup, ...] = tuple(groups)
         self._group_of = {name: group for group in groups for name in group.memory}
@@ -287,6 +292,22 @@ def open_checkpoint(
         return FileCheckpoint(locate(source, revision), trust_remote_code)
     except InputError as error:
         raise InputError(f"{label}: {error}") from None
+
+
+def is_unknown(location: Location, trust_remote_code: bool) -> bool:
+    """Whether a checkpoint's configuration names an architecture that is neither in transformers nor in code that is
+    trusted; it is merged by its tensors then."""
+    if "config.json" not in location.names:
+        return False
+    facts = location.json("config.json")
+    if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
+        return False
+    names = facts.get("architectures") or [None]
+    known_class = names[0] is None or hasattr(transformers, str(names[0]))
+    if facts["model_type"] in CONFIG_MAPPING and known_class:
+        return False
+    remote = isinstance(facts.get("auto_map"), dict) and trust_remote_code
+    return not remote and "quantization_config" not in facts
 
 
 def _configuration(location: Location, trust_remote_code: bool) -> tuple[PretrainedConfig, Any]:

@@ -69,6 +69,9 @@ class Parameters:
     def at(self, inputs: Inputs) -> Callable[[str], MethodConfig]:
         """What gives the config for one of the base's tensors by name, for a merge of these inputs."""
         filtered = any(setting.filtered for setting in self._settings())
+        spread = [setting for setting in self._settings() if any(len(one.values) > 1 for one in setting.choices)]
+        if spread and not inputs.base.layout.known:
+            spread[0].node.refuse("the layers of a model that transformers does not know are not known; give one value")
         places = Places(inputs, self.groups, filtered)
         names = [source.name for source in inputs.sources]
         return lambda name: with_source_names(self.config_at(places.of(name)), names)

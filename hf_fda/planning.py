@@ -103,6 +103,8 @@ def plan(
     adapter = None if budget is None else plan_adapter(inputs, result, budget)
     if adapter is None:
         _check_ties(inputs, result)
+    else:
+        _check_moves(result)
     shards = () if adapter is not None else plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
     checked = Plan(
         inputs=inputs,
@@ -164,6 +166,16 @@ def _check_ties(inputs: Inputs, result: Output) -> None:
                     f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
                     f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
                 )
+
+
+def _check_moves(result: Output) -> None:
+    """Refuse an adapter of a method that changes what no source does: only tensors that one changes are in it."""
+    for recipe in result.recipes.values():
+        if recipe.config is not None and not recipe.config.leaves_equals():
+            raise InputError(
+                f"method '{recipe.config.name}' with these options changes what no source does, which an adapter does "
+                "not hold; write a full checkpoint (as_adapter=False)"
+            )
 
 
 def _budget(as_adapter: Any, rank: Any, energy: Any) -> Budget | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ def weighted(tensors: Sequence[Tensor], weights: Sequence[float] | None) -> list
     return [tensor * weight for tensor, weight in zip(tensors, weights, strict=True)]
 
 
-def total(tensors: Sequence[Tensor]) -> Tensor:
+def total(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of K tensors of one shape, added in order without stacking them."""
-    result = tensors[0].clone()
-    for tensor in tensors[1:]:
+    rest = iter(tensors)
+    result = next(rest).clone()
+    for tensor in rest:
         result += tensor
     return result
 
@@ -87,7 +88,7 @@ def agreement(tensors: Sequence[Tensor], method: str) -> list[Tensor]:
     Returns:
         K tensors of true and false. An entry that is zero has no sign.
     """
-    election = total(tensors) if method == "total" else total([tensor.sign() for tensor in tensors])
+    election = total(tensors) if method == "total" else total(tensor.sign() for tensor in tensors)
     elected = torch.where(election >= 0, 1.0, -1.0).to(election.dtype)
     return [tensor.sign() == elected for tensor in tensors]
 
@@ -103,10 +104,10 @@ def sum_where(
         chosen: K tensors of true and false.
         normalize: divide.
     """
-    summed = total([tensor * own for tensor, own in zip(tensors, chosen, strict=True)])
+    summed = total(tensor * own for tensor, own in zip(tensors, chosen, strict=True))
     if not normalize:
         return summed
-    share = total([own.to(summed.dtype) * weight for own, weight in zip(chosen, weights, strict=True)])
+    share = total(own.to(summed.dtype) * weight for own, weight in zip(chosen, weights, strict=True))
     return summed / torch.where(share == 0, 1.0, share)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_fda.merge_methods.config import Scope, WeightedConfig, option
 from hf_fda.merge_methods.registry import register
-from hf_fda.tensors import total, weighted
+from hf_fda.tensors import total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +47,26 @@ def karcher(base: Tensor, tasks: Sequence[Tensor], config: KarcherConfig) -> Ten
     if len(tasks) == 1:
         return tasks[0].clone()
     shares = config.shares(len(tasks))
-    models = [(base + task).flatten() for task in tasks]
-    lengths = [model.norm() for model in models]
-    there = [place for place, length in enumerate(lengths) if length > 0]
-    if not there:
+    units, own, length = [], [], base.new_zeros(())
+    for task, share in zip(tasks, shares, strict=True):
+        model = (base + task).flatten()
+        norm = model.norm()
+        length = length + share * norm
+        if norm > 0:
+            units.append(model / norm)
+            own.append(share)
+    if not sum(own):
         return -base
-    units, whole = [models[place] / lengths[place] for place in there], sum(shares[place] for place in there)
-    mean = _descend(units, [shares[place] / whole for place in there], config.max_iter, config.tol)
-    return (total(weighted(lengths, shares)) * mean).view_as(base) - base
+    mean = _descend(units, [share / sum(own) for share in own], config.max_iter, config.tol)
+    return (length * mean).view_as(base) - base
 
 
 def _descend(units: Sequence[Tensor], shares: Sequence[float], steps: int, tolerance: float) -> Tensor:
     """The weighted Karcher mean of unit vectors."""
-    mean = total(weighted(units, shares))
+    mean = total(share * unit for share, unit in zip(shares, units, strict=True))
     mean = mean / mean.norm() if mean.norm() >= tolerance else units[0]
     for _ in range(steps):
-        step = total(weighted([_logarithm(mean, unit, tolerance) for unit in units], shares))
+        step = total(share * _logarithm(mean, unit, tolerance) for share, unit in zip(shares, units, strict=True))
         angle = step.norm()
         if angle < tolerance:
             break

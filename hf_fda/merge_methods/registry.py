@@ -93,8 +93,8 @@ class MethodInfo:
     options: tuple[OptionInfo, ...]
 
     def __str__(self) -> str:
-        lines = [self.name, f"  {self.summary}", f"  {self.paper}", "  options:"]
-        width = max(len(option.name) for option in self.options)
+        lines = [self.name, f"  {self.summary}", f"  {self.paper}", "  options:" if self.options else "  no options"]
+        width = max((len(option.name) for option in self.options), default=0)
         for option in self.options:
             last = option.help.rpartition("; ")[2]
             default = last if option.default is None and last.startswith("by ") else option.default

@@ -42,8 +42,8 @@ def ace(base: Tensor, tasks: Sequence[Tensor], config: ACEConfig) -> Tensor:
 
     Tasks of very different size (``var / mean^2`` of the logarithms of ``|tau_i|^2`` is large) get covariances of trace
     one, and the leading directions of what these leave out, at their mean singular value, are added. Formulas and
-    defaults are those of the authors' implementation. A task matrix of zeros takes no part. Anything but a matrix is
-    averaged.
+    defaults are those of the authors' implementation. A task matrix of zeros takes no part. Anything but a matrix of
+    several rows is averaged.
 
     Args:
         base: theta_0, (d_out, d_in) or another shape (unused).
@@ -51,7 +51,7 @@ def ace(base: Tensor, tasks: Sequence[Tensor], config: ACEConfig) -> Tensor:
         config: the options; `weights` in the order of `tasks`.
     """
     tasks = weighted(tasks, config.source_weights())
-    if base.ndim != 2:
+    if base.ndim != 2 or base.shape[0] == 1:
         return config.scaling * mean(tasks)
     moving = [task.double() for task in tasks if bool(task.any())]
     if not moving:

@@ -34,12 +34,16 @@ STEP_PASSES = 30
 ADAM_PASSES = 16
 """Times an adaptation step reads or writes every parameter."""
 
-MATRIX_PRODUCTS = {"tsv": (0, 50), "isotropic": (20, 3), "wudi": (700, 10)}
+MATRIX_PRODUCTS = {"tsv": (0, 50), "isotropic": (20, 3), "wudi": (700, 10), "iso_cts": (90, 33), "ace": (85, 10)}
 """A matrix method's time on a (d_out, d_in) weight, as products of that weight with a square one: once, and for each
 source. Measured on one CPU core with 2 and 4 sources of 384 to 1,536 rows."""
 
 OTHER_PRODUCTS = (0, 50)
 """The same for a matrix method that is not in the table: a decomposition for each source."""
+
+TENSOR_PASSES = 100
+"""A whole-tensor method's time, as passes over each source's tensor. Measured as above: 80 to 160 for most (they sort,
+or let signs vote), 6 for the plainest, 550 for della."""
 
 STEP_ACTIVATION_PASSES = 200
 """Times a construction step reads or writes the outputs of the linear layers."""
@@ -130,6 +134,8 @@ def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> 
     entries = prod(shape)
     if by_entry(config, role) or len(shape) < 2:
         return Work(moved=8 * entries * (3 * sources + 3))
+    if config.scope == "tensor":
+        return Work(moved=8 * entries * TENSOR_PASSES * sources)
     once, each = MATRIX_PRODUCTS.get(config.name, OTHER_PRODUCTS)
     return Work((once + each * sources) * 2 * entries * min(shape[-2:]), 4 * entries * (3 * sources + 3))
 

@@ -112,6 +112,8 @@ def make_plan(
     if adapter is None:
         _check_ties(inputs, result)
         shards = plan_shards(_groups(inputs, result, settings.torch_dtype), settings.max_shard_bytes)
+    else:
+        _check_moves(result)
     return Plan(
         inputs=inputs,
         config=config,
@@ -161,6 +163,16 @@ def _check_ties(inputs: Inputs, result: Output) -> None:
                     f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
                     f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
                 )
+
+
+def _check_moves(result: Output) -> None:
+    """Refuse an adapter of a method that changes what no source does: only tensors that one changes are in it."""
+    for recipe in result.recipes.values():
+        if recipe.config is not None and not recipe.config.leaves_equals():
+            raise InputError(
+                f"method '{recipe.config.name}' with these options changes what no source does, which an adapter does "
+                "not hold; write a full checkpoint (as_adapter=False)"
+            )
 
 
 def _check_apart(output: Path, inputs: Inputs) -> None:

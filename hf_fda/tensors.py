@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ def weighted(tensors: Sequence[Tensor], weights: Sequence[float] | None) -> list
     return [tensor * weight for tensor, weight in zip(tensors, weights, strict=True)]
 
 
-def total(tensors: Sequence[Tensor]) -> Tensor:
+def total(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of K tensors of one shape, added in order without stacking them."""
-    result = tensors[0].clone()
-    for tensor in tensors[1:]:
+    rest = iter(tensors)
+    result = next(rest).clone()
+    for tensor in rest:
         result += tensor
     return result
 
@@ -33,34 +34,81 @@ def mean(tensors: Sequence[Tensor]) -> Tensor:
     return total(tensors) / len(tensors)
 
 
-def trim(tensor: Tensor, density: float) -> Tensor:
-    """A tensor of which the largest entries by magnitude stay, ``floor(density * n)`` of them, and all others are zero.
+def trim(tensor: Tensor, density: float, outliers: float = 0.0) -> Tensor:
+    """A tensor of which the largest entries by magnitude stay, and all others are zero.
+
+    ``floor(density * n)`` stay, but one at least; only where the density is zero none does.
 
     Args:
         tensor: any shape.
         density: fraction of entries to keep.
+        outliers: fraction of entries, the very largest, that go too; fewer where the density needs them.
     """
-    kept = int(density * tensor.numel())
-    if kept >= tensor.numel():
+    entries = tensor.numel()
+    kept = max(1, int(density * entries)) if density > 0 else 0
+    if kept >= entries:
         return tensor
-    positions = tensor.abs().flatten().topk(kept, sorted=False).indices
+    left_out = min(int(outliers * entries), entries - kept)
+    positions = tensor.abs().flatten().topk(kept + left_out, sorted=left_out > 0).indices[left_out:]
     result = torch.zeros_like(tensor).flatten()
     result[positions] = tensor.flatten()[positions]
     return result.view_as(tensor)
 
 
-def drop(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """A tensor of which each entry stays with a probability, divided by it, and is zero else.
+def drop(tensor: Tensor, density: float, generator: torch.Generator, rescale: bool = True) -> Tensor:
+    """A tensor of which each entry stays with a probability, and is zero else.
 
     Args:
         tensor: any shape.
         density: the probability.
         generator: on the CPU; the same entries stay on any device.
+        rescale: divide what stays by the probability, which keeps the expectation.
     """
     if density in (0.0, 1.0):
         return tensor * density
     kept = torch.rand(tensor.shape, generator=generator) < density
-    return tensor * kept.to(tensor.device) / density
+    result = tensor * kept.to(tensor.device)
+    return result / density if rescale else result
+
+
+def of_same_sum(part: Tensor, whole: Tensor) -> Tensor:
+    """`part` times the factor that gives its magnitudes the sum that those of `whole` have."""
+    there, wanted = part.abs().sum(), whole.abs().sum()
+    return part * (wanted / torch.where(there > 0, there, 1.0))
+
+
+def agreement(tensors: Sequence[Tensor], method: str) -> list[Tensor]:
+    """Which entries of each tensor have the elected sign.
+
+    Args:
+        tensors: K tensors of one shape.
+        method: the elected sign is that of the "total" of the entries, or that of most of them ("frequency"); plus
+            where they are even.
+
+    Returns:
+        K tensors of true and false. An entry that is zero has no sign.
+    """
+    election = total(tensors) if method == "total" else total(tensor.sign() for tensor in tensors)
+    elected = torch.where(election >= 0, 1.0, -1.0).to(election.dtype)
+    return [tensor.sign() == elected for tensor in tensors]
+
+
+def sum_where(
+    tensors: Sequence[Tensor], weights: Sequence[float | Tensor], chosen: Sequence[Tensor], normalize: bool
+) -> Tensor:
+    """The sum of chosen entries, divided by the sum of their sources' weights.
+
+    Args:
+        tensors: K tensors of one shape, times their weights.
+        weights: K factors.
+        chosen: K tensors of true and false.
+        normalize: divide.
+    """
+    summed = total(tensor * own for tensor, own in zip(tensors, chosen, strict=True))
+    if not normalize:
+        return summed
+    share = total(own.to(summed.dtype) * weight for own, weight in zip(chosen, weights, strict=True))
+    return summed / torch.where(share == 0, 1.0, share)
 
 
 def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], method: str, normalize: bool) -> Tensor:
@@ -69,18 +117,10 @@ def agreeing_mean(tensors: Sequence[Tensor], weights: Sequence[float], method: s
     Args:
         tensors: K tensors of one shape, times their weights.
         weights: K factors.
-        method: the elected sign is that of the "total" of the entries, or that of most of them ("frequency"); plus
-            where they are even.
+        method: of election, as of `agreement`.
         normalize: divide.
     """
-    election = total(tensors) if method == "total" else total([tensor.sign() for tensor in tensors])
-    elected = torch.where(election >= 0, 1.0, -1.0).to(election.dtype)
-    agree = [tensor.sign() == elected for tensor in tensors]
-    summed = total([tensor * own for tensor, own in zip(tensors, agree, strict=True)])
-    if not normalize:
-        return summed
-    share = total([own.to(summed.dtype) * weight for own, weight in zip(agree, weights, strict=True)])
-    return summed / torch.where(share == 0, 1.0, share)
+    return sum_where(tensors, weights, agreement(tensors, method), normalize)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

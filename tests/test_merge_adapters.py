@@ -95,7 +95,9 @@ def test_a_difference_of_adapters_is_exact() -> None:
     assert {own.rank for own in report.modules} == {9, 11}
 
 
-@pytest.mark.parametrize("method", ["tsv", "isotropic", "task_arithmetic", "wudi", "fda"])
+@pytest.mark.parametrize(
+    "method", ["tsv", "isotropic", "task_arithmetic", "wudi", "fda", "della", "model_stock", "iso_cts"]
+)
 def test_every_method_makes_an_adapter_within_its_rank(method: str) -> None:
     model = model_with("llama", "plain", "rslora")
     options = {"num_anchors": 4, "num_tokens": 1, "steps": 2, "epochs": 1} if method == "fda" else {}

@@ -233,7 +233,7 @@ def test_later_documents_use_earlier_results(llama: tuple[Path, Path, Path], tmp
 def test_what_is_written_makes_it_again(deep: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """`merge_config.yaml` is the configuration with all that was decided; it gives the same bytes."""
     base, one, two = deep
-    models = [{"model": str(one), "parameters": {"weight": [0.1, 0.9]}}, {"model": str(two)}]
+    models = [{"model": str(one), "parameters": {"weight": [0.1, 0.9], "density": 0.5}}, {"model": str(two)}]
     config = {
         "merge_method": "dare_ties",
         "base_model": str(base),

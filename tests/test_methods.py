@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
     "linear-unnormalized": ("linear", {"normalize": False}),
     "task_arithmetic": ("task_arithmetic", {}),
+    "task_arithmetic-normalized": ("task_arithmetic", {"normalize": True}),
     "isotropic": ("isotropic", {}),
     "tsv": ("tsv", {}),
     "tsv-half": ("tsv", {"rank_fraction": 0.5}),
@@ -35,10 +36,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "wudi-iterative": ("wudi", {"steps": 20, "learning_rate": 1e-3}),
     "ties": ("ties", {"density": 0.5}),
     "ties-frequency": ("ties", {"density": 0.7, "majority_sign_method": "frequency"}),
+    "ties-rescaled": ("ties", {"density": 0.5, "rescale": True}),
     "magnitude_prune": ("magnitude_prune", {"density": 0.5}),
+    "breadcrumbs": ("breadcrumbs", {"density": 0.6, "gamma": 0.1}),
+    "breadcrumbs_ties": ("breadcrumbs_ties", {"density": 0.6, "gamma": 0.1, "rescale": True}),
     "knots": ("knots", {"density": 0.5}),
     "dare_linear": ("dare_linear", {}),
     "dare_ties": ("dare_ties", {}),
+    "della": ("della", {}),
+    "della_linear": ("della_linear", {}),
+    "iso_cts": ("iso_cts", {}),
+    "iso_cts-none-shared": ("iso_cts", {"common_space_fraction": 0.0}),
+    "ace": ("ace", {}),
+    "ace-apart": ("ace", {"heterogeneity": 0.0}),
     "cat": ("cat", {}),
     "svd": ("svd", {}),
 }
@@ -784,7 +794,7 @@ def test_knots_of_one_source_is_that_source_and_its_columns_share_a_basis() -> N
     torch.testing.assert_close(basis @ (basis.mT @ merged), merged)
 
 
-@pytest.mark.parametrize("method", ["tsv", "isotropic"])
+@pytest.mark.parametrize("method", ["tsv", "isotropic", "iso_cts"])
 def test_rotating_methods_commute_with_changes_of_basis(method: str) -> None:
     config = resolve_method(method, {})
     assert config.rotates

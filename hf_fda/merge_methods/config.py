@@ -12,15 +12,23 @@ from types import NoneType
 from typing import Any, ClassVar, Literal
 
 from hf_fda.errors import InputError, nearest
+from hf_fda.merge_methods.per_source import for_each, in_order, numbers
 
 if typing.TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field that carries its own help text and bounds (both inclusive)."""
-    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+def option(
+    default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None, per_source: bool = False
+) -> Any:
+    """A dataclass field that carries its own help text and bounds (both inclusive).
+
+    With `per_source` it may have a value for each source (its type is `PerSource`): one number for all, a list in the
+    order of the sources, or by source name.
+    """
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "per_source": per_source}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 Scope = Literal["entry", "tensor", "matrix"]
@@ -45,6 +53,10 @@ class MethodConfig:
     rotates: ClassVar[bool] = False
     """Merging matrices in other orthonormal bases is the same as merging them and changing the bases then, and of the
     base only the shape counts. Thin task vectors are merged in the bases of what they span."""
+    min_sources: ClassVar[int] = 1
+    """How many sources there must be at least."""
+    max_sources: ClassVar[int | None] = None
+    """How many sources there may be at most."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -78,6 +90,38 @@ class MethodConfig:
         """
         return None
 
+    def of_each(self, name: str, count: int) -> tuple[float, ...]:
+        """The values of an option in the order of the sources.
+
+        Args:
+            name: of an option that may have a value for each source.
+            count: K, the number of sources.
+
+        Raises:
+            InputError: when the values are still given by name (`with_source_names` settles that), or are not K.
+        """
+        return for_each(f"method '{self.name}': {name}", getattr(self, name), count)
+
+    def leaves_equals(self) -> bool:
+        """Whether a tensor in which no source differs from the base stays as it is in the base."""
+        return True
+
+    def check_count(self, count: int) -> None:
+        """Refuse a number of sources that the method does not merge.
+
+        Raises:
+            InputError: with the numbers that it does.
+        """
+        if count < self.min_sources or (self.max_sources is not None and count > self.max_sources):
+            bounds = f"at least {self.min_sources}"
+            if self.max_sources is not None:
+                least, most = self.min_sources, self.max_sources
+                bounds = str(most) if least == most else f"{least} to {most}"
+            raise InputError(
+                f"method '{self.name}' merges {bounds} source{'' if bounds == '1' else 's'}, not {count}; "
+                "leave some out, add some, or choose another method"
+            )
+
     def merge(self, base: Tensor, tasks: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """The merged task tensor of one tensor. Pure: no argument is changed, but for the generator's state.
 
@@ -93,12 +137,11 @@ class MethodConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskVectorConfig(MethodConfig):
-    """Options of every method that combines task vectors."""
+class WeightedConfig(MethodConfig):
+    """Options of every method in which each source has a weight."""
 
-    scaling: float = option(1.0, "lambda: factor of the merged task vector")
     weights: tuple[float, ...] | dict[str, float] | None = option(
-        None, "a factor for each source: a list in the order of the sources, or by source name"
+        None, "a factor for each source: a list in the order of the sources, or by source name", per_source=True
     )
 
     def weight_of_each(self, count: int) -> tuple[float, ...]:
@@ -107,7 +150,7 @@ class TaskVectorConfig(MethodConfig):
         Args:
             count: K, the number of sources.
         """
-        return self.source_weights() or (1.0,) * count
+        return (1.0,) * count if self.weights is None else self.of_each("weights", count)
 
     def source_weights(self) -> tuple[float, ...] | None:
         """`weights` as a tuple in the order of the sources, or None.
@@ -115,31 +158,44 @@ class TaskVectorConfig(MethodConfig):
         Raises:
             InputError: when they are still given by name (`with_source_names` settles that).
         """
-        if isinstance(self.weights, dict):
-            raise InputError(f"method '{self.name}': weights by name need the names of the sources")
-        return self.weights
+        return None if self.weights is None else self.of_each("weights", len(self.weights))
+
+    def shares(self, count: int) -> tuple[float, ...]:
+        """The weights divided by their sum.
+
+        Args:
+            count: K, the number of sources.
+        """
+        weights = self.weight_of_each(count)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def refuse_zero_sum(self, way_out: str) -> None:
+        """Refuse weights that cannot be divided by their sum.
+
+        Raises:
+            InputError: with the way out that is given.
+        """
+        if self.weights and sum(numbers(self.weights)) == 0:
+            raise InputError(f"{self.name}: the weights sum to zero; {way_out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVectorConfig(WeightedConfig):
+    """Options of every method that combines task vectors."""
+
+    scaling: float = option(1.0, "lambda: factor of the merged task vector")
 
 
 def with_source_names(config: MethodConfig, names: Sequence[str]) -> MethodConfig:
-    """`config` with its weights in the order of the sources, checked against their names.
+    """`config` with all that it has for each source in the order of the sources, checked against their names.
 
     Raises:
-        InputError: when a name is unknown, one is missing, or the number of weights is wrong.
+        InputError: when the method does not merge so many sources, a name is unknown, one is missing, or the number of
+            an option's values is wrong.
     """
-    weights = getattr(config, "weights", None)
-    if weights is None:
-        return config
-    if isinstance(weights, dict):
-        for name in weights:
-            if name not in names:
-                raise InputError(f"weights: there is no source '{name}': {nearest(name, names)}")
-        missing = [name for name in names if name not in weights]
-        if missing:
-            raise InputError(f"weights: no weight for {', '.join(missing)}: give one for every source")
-        return dataclasses.replace(config, weights=tuple(weights[name] for name in names))  # type: ignore[call-arg]
-    if len(weights) != len(names):
-        raise InputError(f"weights: {len(weights)} given for {len(names)} sources ({', '.join(names)})")
-    return config
+    config.check_count(len(names))
+    fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("per_source")]
+    return dataclasses.replace(config, **{name: in_order(name, getattr(config, name), names) for name in fields})
 
 
 def plain(value: Any) -> Any:
@@ -160,13 +216,13 @@ def coerce(field: dataclasses.Field[Any], hint: Any, value: Any, method: str) ->
         result = _convert(hint, value)
     except (TypeError, ValueError):
         raise InputError(f"{label} must be {describe(hint)}, not {value!r}") from None
-    if isinstance(result, (int, float)) and not isinstance(result, bool):
-        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
-        if (low is not None and result < low) or (high is not None and result > high):
+    low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+    for number in numbers(result):
+        if (low is not None and number < low) or (high is not None and number > high):
             bounds = " and ".join(
                 text for text in (low is not None and f"at least {low}", high is not None and f"at most {high}") if text
             )
-            raise InputError(f"{label} must be {bounds or 'a number'}, not {result}")
+            raise InputError(f"{label} must be {bounds or 'a number'}, not {number}")
     return result
 
 

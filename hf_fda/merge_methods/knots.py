@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_fda.merge_methods.config import Scope
 from hf_fda.merge_methods.registry import register
 from hf_fda.merge_methods.ties import TIESConfig
-from hf_fda.tensors import agreeing_mean, mean, numerical_rank, svd, trim, weighted
+from hf_fda.tensors import agreeing_mean, mean, numerical_rank, svd, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,6 @@ def knots(base: Tensor, tasks: Sequence[Tensor], config: KnOTSConfig) -> Tensor:
     rank = numerical_rank(s, (base.shape[0], base.shape[1] * len(tasks)))
     if not rank:
         return torch.zeros_like(tasks[0])
-    parts = [trim(part, config.density) for part in vh[:rank].split(base.shape[1], dim=1)]
+    parts = config.trimmed(vh[:rank].split(base.shape[1], dim=1))
     merged = agreeing_mean(parts, weights, config.majority_sign_method, config.normalize)
     return config.scaling * (u[:, :rank] * s[:rank]) @ merged

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_fda.merge_methods.config import Scope, TaskVectorConfig, option
+from hf_fda.merge_methods.per_source import PerSource
 from hf_fda.merge_methods.registry import register
 from hf_fda.tensors import total, trim, weighted
 
@@ -22,7 +23,9 @@ class MagnitudePruneConfig(TaskVectorConfig):
     paper: ClassVar[str] = "PEFT's combination of that name; trimmed as in TIES-Merging, arXiv 2306.01708"
     scope: ClassVar[Scope] = "tensor"
 
-    density: float = option(1.0, "fraction of each tensor's entries to keep, the largest", minimum=0, maximum=1)
+    density: PerSource = option(
+        1.0, "fraction of each tensor's entries to keep, the largest", minimum=0, maximum=1, per_source=True
+    )
 
 
 @register(MagnitudePruneConfig)
@@ -34,5 +37,6 @@ def magnitude_prune(base: Tensor, tasks: Sequence[Tensor], config: MagnitudePrun
         tasks: K task tensors of that shape.
         config: the options; `weights` in the order of `tasks`.
     """
-    trimmed = [trim(task, config.density) for task in tasks]
+    densities = config.of_each("density", len(tasks))
+    trimmed = [trim(task, density) for task, density in zip(tasks, densities, strict=True)]
     return config.scaling * total(weighted(trimmed, config.source_weights()))

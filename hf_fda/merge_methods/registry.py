@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=MethodConfig)
 _CONFIGS: dict[str, type[MethodConfig]] = {}
+_NEED_DATA = {"fisher": "Fisher merging, arXiv 2111.09832", "regmean": "RegMean, arXiv 2212.09849"}
+"""Well-known methods that look at data; none of those here does."""
 
 
 def register(config: type[C]) -> Callable[[Callable[..., Tensor]], Any]:
@@ -24,6 +26,7 @@ def register(config: type[C]) -> Callable[[Callable[..., Tensor]], Any]:
 
     def decorate(function: Callable[..., Tensor]) -> Any:
         def merge(self: C, base: Tensor, tasks: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+            self.check_count(len(tasks))
             return function(base, tasks, self, generator) if self.random else function(base, tasks, self)
 
         config.merge = merge  # type: ignore[method-assign, assignment]
@@ -44,6 +47,11 @@ def method_class(name: str) -> type[MethodConfig]:
     Raises:
         InputError: when no method has that name; the nearest is suggested.
     """
+    if name in _NEED_DATA:
+        raise InputError(
+            f"method '{name}' ({_NEED_DATA[name]}) looks at examples of every task and is not there yet; of those that "
+            "look at weights alone, 'fda', 'wudi' and 'ace' come nearest to it"
+        )
     if name not in _CONFIGS:
         raise InputError(f"there is no method '{name}': {nearest(name, _CONFIGS)}")
     return _CONFIGS[name]
@@ -85,8 +93,8 @@ class MethodInfo:
     options: tuple[OptionInfo, ...]
 
     def __str__(self) -> str:
-        lines = [self.name, f"  {self.summary}", f"  {self.paper}", "  options:"]
-        width = max(len(option.name) for option in self.options)
+        lines = [self.name, f"  {self.summary}", f"  {self.paper}", "  options:" if self.options else "  no options"]
+        width = max((len(option.name) for option in self.options), default=0)
         for option in self.options:
             last = option.help.rpartition("; ")[2]
             default = last if option.default is None and last.startswith("by ") else option.default

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_fda.merge_methods.config import TaskVectorConfig, option
+from hf_fda.merge_methods.combining import SummedConfig, summed
+from hf_fda.merge_methods.config import option
 from hf_fda.merge_methods.registry import register
-from hf_fda.tensors import total, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskArithmeticConfig(TaskVectorConfig):
+class TaskArithmeticConfig(SummedConfig):
     """Options of `task_arithmetic`."""
 
     name: ClassVar[str] = "task_arithmetic"
@@ -24,17 +24,17 @@ class TaskArithmeticConfig(TaskVectorConfig):
     scaling: float = option(0.4, "lambda: factor of the sum of the task vectors")
 
     def coefficients(self, count: int) -> tuple[float, ...]:
-        """``lambda w_i``."""
-        return tuple(self.scaling * weight for weight in self.weight_of_each(count))
+        """``lambda w_i``, over ``sum_i w_i`` with `normalize`."""
+        return tuple(self.factor(count) * weight for weight in self.weight_of_each(count))
 
 
 @register(TaskArithmeticConfig)
 def task_arithmetic(base: Tensor, tasks: Sequence[Tensor], config: TaskArithmeticConfig) -> Tensor:
-    """``lambda * sum_i w_i tau_i``.
+    """``lambda * sum_i w_i tau_i``, divided by ``sum_i w_i`` with `normalize`.
 
     Args:
         base: theta_0, any shape (unused).
         tasks: K task tensors of that shape.
         config: the options; `weights` in the order of `tasks`.
     """
-    return config.scaling * total(weighted(tasks, config.source_weights()))
+    return summed(tasks, config)

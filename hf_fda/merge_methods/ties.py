@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from hf_fda.merge_methods.config import Scope, TaskVectorConfig, option
+from hf_fda.merge_methods.combining import ElectedConfig, elected
+from hf_fda.merge_methods.config import Scope, option
+from hf_fda.merge_methods.per_source import PerSource
 from hf_fda.merge_methods.registry import register
-from hf_fda.tensors import agreeing_mean, trim, weighted
+from hf_fda.tensors import of_same_sum, trim
 
 
 @dataclass(frozen=True, kw_only=True)
-class TIESConfig(TaskVectorConfig):
+class TIESConfig(ElectedConfig):
     """Options of `ties`."""
 
     name: ClassVar[str] = "ties"
@@ -22,24 +24,30 @@ class TIESConfig(TaskVectorConfig):
     paper: ClassVar[str] = "TIES-Merging, arXiv 2306.01708"
     scope: ClassVar[Scope] = "tensor"
 
-    density: float = option(1.0, "fraction of each tensor's entries to keep, the largest", minimum=0, maximum=1)
-    majority_sign_method: Literal["total", "frequency"] = option(
-        "total", "the elected sign is that of the sum of the entries, or of most of them"
+    density: PerSource = option(
+        1.0, "fraction of each tensor's entries to keep, the largest", minimum=0, maximum=1, per_source=True
     )
-    normalize: bool = option(True, "divide by the weights of the sources that agree, else only sum")
+    rescale: bool = option(False, "enlarge what is kept until its magnitudes add up to those of the whole tensor")
+
+    def trimmed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The largest entries of each source's tensor, by its own density.
+
+        Args:
+            tensors: K tensors of one shape.
+        """
+        densities = self.of_each("density", len(tensors))
+        kept = [trim(tensor, density) for tensor, density in zip(tensors, densities, strict=True)]
+        return [of_same_sum(*pair) for pair in zip(kept, tensors, strict=True)] if self.rescale else kept
 
 
 @register(TIESConfig)
 def ties(base: Tensor, tasks: Sequence[Tensor], config: TIESConfig) -> Tensor:
-    """``lambda * sum_i w_i t_i [sign(t_i) = s] / sum_i w_i [sign(t_i) = s]`` with t_i the trimmed tau_i and s the
-    elected sign of ``w_i t_i``, entry by entry (paper, Algorithm 1; trimmed by tensor, as mergekit and PEFT do).
+    """``lambda * sum_i w_i t_i [sign(w_i t_i) = s] / sum_i w_i [sign(w_i t_i) = s]`` with t_i the trimmed tau_i and s
+    the elected sign of ``w_i t_i``, entry by entry (paper, Algorithm 1; trimmed by tensor, as mergekit and PEFT do).
 
     Args:
         base: theta_0, any shape (unused).
         tasks: K task tensors of that shape.
         config: the options; `weights` in the order of `tasks`.
     """
-    trimmed = [trim(task, config.density) for task in tasks]
-    weights = config.weight_of_each(len(tasks))
-    method, normalize = config.majority_sign_method, config.normalize
-    return config.scaling * agreeing_mean(weighted(trimmed, weights), weights, method, normalize)
+    return elected(config.trimmed(tasks), config)

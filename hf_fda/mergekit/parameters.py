@@ -93,7 +93,7 @@ class Parameters:
             known = self._options()
             if option not in known:
                 setting.node.refuse(f"method '{self.method.name}' has no parameter '{name}': {nearest(name, known)}")
-            if own and not self._per_source(option):
+            if own and not self._per_source(option) and self.method.max_sources != 1:
                 setting.node.refuse(f"'{name}' holds for the whole merge; move it to the parameters of the merge")
             if issubclass(self.method, FDAConfig) and not setting.constant:
                 setting.node.refuse(f"'{name}' of method 'fda' must be the same for all tensors")
@@ -129,7 +129,7 @@ class Parameters:
 
     def _per_source(self, option: str) -> bool:
         field = self._options().get(option)
-        return field is not None and "tuple[float" in str(field.type)
+        return field is not None and bool(field.metadata.get("per_source"))
 
     def config_at(self, place: Place) -> MethodConfig:
         """The config for a tensor; equal ones are one object."""
@@ -141,6 +141,9 @@ class Parameters:
             option = NAMES.get(name, name)
             if self._per_source(option):
                 value = self._of_each(name, option, place, shared)
+            elif self.method.max_sources == 1:
+                own = place.group.sources[0].parameters
+                value = _first([own, *shared], name, place.source_names[0], place.depth)
             else:
                 value = _first(shared, name, place.names, place.depth)
             if value is not None:

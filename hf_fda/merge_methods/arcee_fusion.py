@@ -15,7 +15,7 @@ from hf_fda.merge_methods.registry import register
 FLOOR = 1e-8
 """Added to every probability."""
 
-ROWS_AT_ONCE = 2**20
+ENTRIES_AT_ONCE = 2**20
 """About how many entries of a tensor are looked at in float64 at a time."""
 
 
@@ -62,7 +62,7 @@ def divergence(base: Tensor, model: Tensor) -> Tensor:
     """
     width = base.shape[-1] if base.ndim else 1
     parts = []
-    rows = max(1, ROWS_AT_ONCE // width)
+    rows = max(1, ENTRIES_AT_ONCE // width)
     for own, other in zip(base.reshape(-1, width).split(rows), model.reshape(-1, width).split(rows), strict=True):
         q, p = (tensor.double().softmax(dim=-1) + FLOOR for tensor in (own, other))
         parts.append((p * (p / q).log()).sum(dim=-1, keepdim=True).to(base.dtype))

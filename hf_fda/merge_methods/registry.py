@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=MethodConfig)
 _CONFIGS: dict[str, type[MethodConfig]] = {}
 _NEED_DATA = {"fisher": "Fisher merging, arXiv 2111.09832", "regmean": "RegMean, arXiv 2212.09849"}
-"""Well-known methods that look at data; none of those here does."""
+"""Well-known methods that look at data, and are not there yet."""
 
 
 def register(config: type[C]) -> Callable[[Callable[..., Tensor]], Any]:

@@ -217,6 +217,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
         command.add_argument("--dtype", help="type of the written weights (default float32; auto: the base's)")
         command.add_argument("--heads", choices=("keep", "merge"), help="task heads: keep each (default) or merge them")
+        command.add_argument("--tokenizer", help="the output's vocabulary: base, union or a source's name")
+        command.add_argument("--chat-template", help="auto, base, a source's name or the template itself")
+        command.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="of the output's vocabulary")
         command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")
         _common(command)
         if name == "plan":

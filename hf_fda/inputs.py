@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
 from hf_fda.anchors.files import MANIFEST
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
-from hf_fda.checkpoint.reader import FileCheckpoint, ModelCheckpoint, open_checkpoint
+from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
 from hf_fda.errors import InputError, few, nearest
-
-OpenCheckpoint = FileCheckpoint | ModelCheckpoint
+from hf_fda.vocabulary import Vocabulary, VocabularyRequest, align_vocabularies, check_request
 
 
 @dataclass
@@ -41,10 +40,11 @@ class Source:
 
 @dataclass
 class Inputs:
-    """Everything a merge reads."""
+    """Everything a merge reads; base and sources have the same tokens in the same rows."""
 
-    base: OpenCheckpoint
+    base: Checkpoint
     sources: tuple[Source, ...]
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     @property
     def weighted(self) -> tuple[AlignedSource, ...]:
@@ -53,7 +53,14 @@ class Inputs:
 
 
 def open_inputs(
-    base: Any, sources: Any, anchors: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+    base: Any,
+    sources: Any,
+    anchors: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    tokens: Any = None,
+    chat_template: Any = None,
+    pad_to_multiple_of: Any = None,
 ) -> Inputs:
     """Open base and sources and match them.
 
@@ -62,11 +69,13 @@ def open_inputs(
         sources: a list of folders, Hub ids, models or anchors, or the same by task name.
         anchors: anchors that were already constructed, by task name of a source that is given as weights.
         trust_remote_code: run model code that comes with the checkpoints.
+        tokenizer: the output's vocabulary, as `hf_fda.plan`; so are `tokens`, `chat_template` and `pad_to_multiple_of`.
 
     Raises:
         InputError: when one cannot be used, or two do not belong together.
     """
     named = name_sources(sources)
+    request = check_request(tokenizer, tokens, chat_template, pad_to_multiple_of, list(named))
     theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
     absent = [name for name in theta.missing if regions(theta.layout)[name] != "after"]
     if absent:
@@ -78,10 +87,23 @@ def open_inputs(
         if name not in named:
             raise InputError(f"anchors: there is no source '{name}': {nearest(name, named)}")
     opened = tuple(_open(theta, name, value, given.get(name), trust_remote_code) for name, value in named.items())
-    return Inputs(theta, opened)
+    return _with_vocabulary(theta, opened, request, trust_remote_code)
 
 
-def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remote_code: bool) -> Source:
+def _with_vocabulary(
+    base: Checkpoint, sources: tuple[Source, ...], request: VocabularyRequest, trust_remote_code: bool
+) -> Inputs:
+    """Base and sources with the same tokens in the same rows, and so with tensors of the same shapes."""
+    weighted = [source.weights for source in sources if source.weights is not None]
+    aligned = align_vocabularies(base, weighted, request, trust_remote_code)
+    for source in aligned.sources:
+        check_shapes(aligned.base, source, [own for own in source.tensor_of if not _is_head(aligned.base, source, own)])
+    seen = iter(aligned.sources)
+    found = tuple(replace(source, weights=next(seen)) if source.weights is not None else source for source in sources)
+    return Inputs(aligned.base, found, aligned.vocabulary)
+
+
+def _open(base: Checkpoint, name: str, value: Any, anchors: Any, trust_remote_code: bool) -> Source:
     dual = _as_anchors(value)
     if dual is not None:
         return Source(name, dual.info.source.get("id", name), anchors=dual)
@@ -94,7 +116,6 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
         return Source(name, dual.info.source.get("id", name), anchors=dual)
     aligned = align(base, checkpoint, name)
     _check_complete(base, aligned)
-    check_shapes(base, aligned, [own for own in aligned.tensor_of if not _is_head(base, aligned, own)])
     own_anchors = None
     if anchors is not None:
         try:
@@ -104,7 +125,7 @@ def _open(base: OpenCheckpoint, name: str, value: Any, anchors: Any, trust_remot
     return Source(name, checkpoint.id, aligned, own_anchors)
 
 
-def _is_head(base: OpenCheckpoint, source: AlignedSource, name: str) -> bool:
+def _is_head(base: Checkpoint, source: AlignedSource, name: str) -> bool:
     """A tensor outside the bare model in both: heads of different sizes may bear one name."""
     own = f"{base.layout.model.base_model_prefix}."
     other = f"{source.checkpoint.layout.model.base_model_prefix}."
@@ -113,7 +134,7 @@ def _is_head(base: OpenCheckpoint, source: AlignedSource, name: str) -> bool:
     return not inside and not bare
 
 
-def _check_complete(base: OpenCheckpoint, source: AlignedSource) -> None:
+def _check_complete(base: Checkpoint, source: AlignedSource) -> None:
     """Refuse a source that lacks tensors the base has, or has more in its blocks.
 
     What follows the last block may differ, and a whole tower may be absent (a vision fine-tune of a CLIP).

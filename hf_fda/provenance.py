@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hf_fda.inputs import Inputs, Source
@@ -38,6 +39,16 @@ def record(
         record |= {"as_adapter": True, "rank": budget.rank, "energy": budget.energy}
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
     return {**record, "anchors": given} if given else record
+
+
+def stated(**arguments: Any) -> dict[str, Any]:
+    """The arguments that were given, as plain values: what is None is left out."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return {name: _plain(value) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def stated_options(config: MethodConfig) -> dict[str, Any]:

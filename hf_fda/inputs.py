@@ -94,10 +94,13 @@ def _with_vocabulary(
     base: Checkpoint, sources: tuple[Source, ...], request: VocabularyRequest, trust_remote_code: bool
 ) -> Inputs:
     """Base and sources with the same tokens in the same rows, and so with tensors of the same shapes."""
+    for source in sources:
+        if source.weights is None and source.name in request.models:
+            raise InputError(f"source '{source.name}' is anchors only and has no tokens; name another model")
     weighted = [source.weights for source in sources if source.weights is not None]
     aligned = align_vocabularies(base, weighted, request, trust_remote_code)
-    for source in aligned.sources:
-        check_shapes(aligned.base, source, [own for own in source.tensor_of if not _is_head(aligned.base, source, own)])
+    for own in aligned.sources:
+        check_shapes(aligned.base, own, [name for name in own.tensor_of if not _is_head(aligned.base, own, name)])
     seen = iter(aligned.sources)
     found = tuple(replace(source, weights=next(seen)) if source.weights is not None else source for source in sources)
     return Inputs(aligned.base, found, aligned.vocabulary)

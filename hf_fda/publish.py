@@ -159,7 +159,7 @@ def copy_processors(plan: Plan) -> None:
         contents |= {name: location.path(name).read_bytes() for name in copied}
     if plan.adapter is not None:
         contents.pop(GENERATION, None)
-    for name in TOKENIZER_FILES if files.names else ():
+    for name in (*TOKENIZER_FILES, GENERATION) if files.names else ():
         if name not in contents:
             (plan.output / name).unlink(missing_ok=True)
     for name, content in contents.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,18 +70,16 @@ def bert(rows: int, seed: int = 0, **changes: Any) -> Any:
 def tuned(base: Any, places: Mapping[int, int], rows: int, seed: int) -> Any:
     """A fine-tune of a model with other rows: those of `places` (own row: base's row) are the base's, moved a little;
     all others are new."""
-    import copy
-
     torch.manual_seed(seed)
-    model = copy.deepcopy(base)
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    old = base.state_dict()
+    config = copy.deepcopy(base.config)
+    config.vocab_size = rows
+    model, old = type(base)(config).eval(), base.state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.shape != old[name].shape:
-                parameter.normal_()
             before = old[name]
-            if len(before) == base.config.vocab_size:
+            if len(before) != base.config.vocab_size:
+                parameter.copy_(before)
+            else:
                 parameter.normal_()
                 for own, row in places.items():
                     parameter[own] = before[row]

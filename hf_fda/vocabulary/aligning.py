@@ -65,7 +65,7 @@ def align_vocabularies(
     if request.tokenizer is None:
         return _as_they_are(base, sources, request, trust_remote_code)
     models = models_of(base, sources, trust_remote_code)
-    out, files = output_tokens(models, request)
+    out, files = output_tokens(models, request, trust_remote_code)
     chosen = next((own for own in models if own.name == request.tokenizer), models[0])
     files = _with_template(files, base, sources, request)
     generation = generation_settings(models[0].location, chosen.location, renaming(models[0].tokens, out))

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from hf_fda.checkpoint.location import Location
 from hf_fda.errors import InputError, few
-from hf_fda.vocabulary.tokens import CONFIG, Tokens
+from hf_fda.vocabulary.tokens import CONFIG, Tokens, load_tokenizer
 
 Donor = tuple[Tokens, PreTrainedTokenizerBase]
 
@@ -60,7 +61,11 @@ def new_tokens(
 
 
 def extend(
-    tokenizer: PreTrainedTokenizerBase, new: Mapping[str, AddedToken | None], donors: Sequence[Donor], label: str
+    tokenizer: PreTrainedTokenizerBase,
+    new: Mapping[str, AddedToken | None],
+    donors: Sequence[Donor],
+    label: str,
+    trust_remote_code: bool = False,
 ) -> Extended:
     """A tokenizer with new tokens after all of its own.
 
@@ -69,23 +74,33 @@ def extend(
         new: from `new_tokens`.
         donors: as there.
         label: what to call the tokenizer's model in errors.
+        trust_remote_code: run tokenizer code that comes with it.
 
     Raises:
         InputError: when the tokenizer is of a kind that cannot be extended so.
     """
     ordinary = [token for token, added in new.items() if added is None]
+    state = _state(tokenizer)
+    if ordinary and state is None:
+        raise InputError(
+            f"the tokenizer of {label} ({type(tokenizer).__name__}) has another vocabulary than the sources' "
+            f"({few(map(repr, ordinary))}) and its kind can only be given added tokens; choose tokenizer='base' or a "
+            "source's name"
+        )
+    uneven = sorted(tokenizer.get_vocab().values()) != list(range(len(tokenizer.get_vocab())))
     with tempfile.TemporaryDirectory(prefix="hf_fda-") as place:
         folder = Path(place)
         longer = copy.deepcopy(tokenizer)
-        if not ordinary:
+        if state is None or not (ordinary or uneven):
             longer.add_tokens([added for added in new.values() if added is not None])
-        longer.save_pretrained(folder)
-        if ordinary:
-            state = _with_ordinary(_state(longer, ordinary, label), longer.get_vocab(), new, donors, label)
+            longer.save_pretrained(folder)
+        else:
+            longer.save_pretrained(folder)
+            state = _spelled_out(state, longer.get_vocab(), new, donors, label)
             (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         _forget_place(folder / CONFIG)
-        ids = AutoTokenizer.from_pretrained(folder).get_vocab()
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        ids = load_tokenizer(Location("with further tokens", folder=folder), label, trust_remote_code).get_vocab()
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     moved = [token for token, number in tokenizer.get_vocab().items() if ids.get(token) != number]
     lost = [token for token in new if token not in ids]
     if moved or lost:
@@ -96,31 +111,27 @@ def extend(
     return Extended(files, ids)
 
 
-def _state(tokenizer: PreTrainedTokenizerBase, ordinary: Sequence[str], label: str) -> dict[str, Any]:
-    """What a tokenizer is, as its file says it; only of kinds whose vocabulary can grow in the middle of the ids."""
+def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """What a tokenizer is, as its file says it; None of a kind whose tokens cannot be given any id."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
-    if not isinstance(state.get("model", {}).get("vocab"), dict):
-        raise InputError(
-            f"the tokenizer of {label} ({type(tokenizer).__name__}) has another vocabulary than the sources' "
-            f"({few(map(repr, ordinary))}) and its kind can only be given added tokens; choose "
-            "tokenizer='base' or a source's name"
-        )
-    return state
+    return state if isinstance(state.get("model", {}).get("vocab"), dict) else None
 
 
-def _with_ordinary(
+def _spelled_out(
     state: dict[str, Any],
     ids: Mapping[str, int],
     new: Mapping[str, AddedToken | None],
     donors: Sequence[Donor],
     label: str,
 ) -> dict[str, Any]:
-    """A tokenizer's file with new tokens in its model; all tokens stand there with their ids, so that none moves."""
+    """A tokenizer's file with new tokens after its own; all of them stand in its model with their ids, as the library
+    would number added tokens anew where ids have gaps, and ordinary ones come after added ones."""
     model = state["model"]
     first = max(ids.values()) + 1
     numbers = {token: first + position for position, token in enumerate(new)}
-    model["vocab"] = {**model["vocab"], **ids, **numbers}
+    every = {**model["vocab"], **ids, **numbers}
+    model["vocab"] = dict(sorted(every.items(), key=lambda item: (item[1], item[0])))
     for token, added in new.items():
         if added is not None:
             state["added_tokens"].append({"id": numbers[token], "content": token, **_settings(added)})

@@ -45,12 +45,15 @@ class TokenizerFiles:
         return self.location.path(name).read_bytes()
 
 
-def output_tokens(models: Sequence[Model], request: VocabularyRequest) -> tuple[Tokens, TokenizerFiles]:
+def output_tokens(
+    models: Sequence[Model], request: VocabularyRequest, trust_remote_code: bool
+) -> tuple[Tokens, TokenizerFiles]:
     """The merged model's tokens in their rows, and its tokenizer.
 
     Args:
         models: the base, then the sources.
         request: what a user asked for.
+        trust_remote_code: run tokenizer code that comes with the checkpoints.
 
     Raises:
         InputError: when a tokenizer cannot be given the tokens it needs.
@@ -60,7 +63,7 @@ def output_tokens(models: Sequence[Model], request: VocabularyRequest) -> tuple[
     donors = [(own.tokens, own.tokenizer) for own in sources] if request.tokenizer == "union" else []
     new = new_tokens(chosen.tokenizer, donors, request.tokens)
     if new:
-        extended = extend(chosen.tokenizer, new, donors, chosen.label)
+        extended = extend(chosen.tokenizer, new, donors, chosen.label, trust_remote_code)
         ids, files = extended.ids, TokenizerFiles(None, extended.files)
     else:
         ids, files = chosen.tokenizer.get_vocab(), TokenizerFiles(chosen.location)

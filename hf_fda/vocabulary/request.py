@@ -36,6 +36,16 @@ class VocabularyRequest:
     chat_template: str | None
     pad_to_multiple_of: int | None
 
+    @property
+    def models(self) -> set[str]:
+        """The names of models that it may mention."""
+        named = (self.tokenizer, self.chat_template, *(rule.model for rule in self.tokens.values()))
+        return {name for name in named if name is not None}
+
+
+RESERVED = ("base", "union", "auto")
+"""Words that a source cannot be called where it is spoken of by name."""
+
 
 def check_request(
     tokenizer: Any, tokens: Any, chat_template: Any, pad_to_multiple_of: Any, sources: Sequence[str]
@@ -53,6 +63,9 @@ def check_request(
     Raises:
         InputError: naming the argument, the token or the source.
     """
+    named = [name for name in sources if name in RESERVED]
+    if named and (tokenizer is not None or chat_template is not None):
+        raise InputError(f"source '{named[0]}': here the word means something else; give the source another name")
     if tokenizer is not None and tokenizer not in ("base", "union", *sources):
         raise InputError(f"tokenizer '{tokenizer}': {nearest(str(tokenizer), ['base', 'union', *sources])}")
     for name, value in (("tokens", tokens), ("pad_to_multiple_of", pad_to_multiple_of)):

@@ -58,7 +58,7 @@ def see(
         parties: the base, then the sources.
         out: the output's tokens.
         rules: what a user said of single tokens.
-        preferred: the configuration whose token ids the base gets; None: its own, renumbered.
+        preferred: the configuration whose token ids the models get; None: their own, renumbered.
 
     Raises:
         InputError: when a rule cannot be kept, or a model's vocabulary cannot be changed.
@@ -81,11 +81,10 @@ def see(
     shared = SharedRows([party.checkpoint for party in parties], names, common, own, used, given)
     seen, notes = [], []
     for index, party in enumerate(parties):
-        ids_of = preferred if index == 0 else None
-        if not axes[index] or not (changed[index] or ids_of is not None):
+        if not axes[index] or not (changed[index] or (index == 0 and preferred is not None)):
             seen.append(party.checkpoint)
             continue
-        seen.append(_view(party, axes[index], rows[index], out, shared, ids_of))
+        seen.append(_view(party, axes[index], rows[index], out, shared, preferred))
         notes.extend(_note(party, out, rules))
     return Seen(tuple(seen), tuple(notes), shared.fingerprint())
 
@@ -107,13 +106,13 @@ def _view(
     rows: Tensor,
     out: Tokens,
     shared: SharedRows,
-    ids_of: PretrainedConfig | None,
+    preferred: PretrainedConfig | None,
 ) -> RowView:
     """One model seen through its map."""
     layout = party.checkpoint.layout
     check_one_vocabulary(layout, party.label)
     config = resized(layout.config, out.rows)
-    with_ids(config, renaming(party.tokens, out), ids_of, party.label)
+    with_ids(config, renaming(party.tokens, out), preferred, party.label)
     wider = with_rows(layout, config, axes, out.rows)
     return RowView(party.checkpoint, wider, axes, rows, lambda name, wanted: shared.take(party.common[name], wanted))
 
@@ -158,23 +157,18 @@ def _check_given(
 
 def _note(party: Party, out: Tokens, rules: Mapping[str, TokenRule]) -> list[str]:
     """What is done to one model, in words."""
-    own, is_base = party.tokens.ids, party.name == "base"
-    forced = [token for token, rule in rules.items() if rule.force]
+    own = party.tokens.ids
     lacking = [token for token in out.ids if token not in own and token not in rules]
-    ruled = [token for token in rules if token not in own or token in forced]
+    ruled = [token for token, rule in rules.items() if token not in own or rule.force]
     moved = [token for token, row in own.items() if out.ids.get(token, row) != row]
     dropped = [token for token in own if token not in out.ids]
-    shared = "the mean of the sources that have them" if is_base else "the base's"
-    said = [
-        f"{len(tokens)} {what}: {few(map(repr, tokens))}"
-        for tokens, what in (
-            (lacking, f"tokens added ({shared})"),
-            (ruled, "tokens by rule"),
-            (moved, "tokens moved to other rows"),
-            (dropped, "tokens left out"),
-        )
-        if tokens
-    ]
+    shared = "added as the mean of the sources that have them" if party.name == "base" else "taken from the base"
+    kinds = ((lacking, shared), (ruled, "set by rule"), (moved, "moved to other rows"), (dropped, "left out"))
+    said = [f"{_counted(tokens)} {what} ({few(tokens)})" for tokens, what in kinds if tokens]
     if party.tokens.rows != out.rows:
         said.append(f"{party.tokens.rows} rows become {out.rows}")
     return [f"{party.label}: {'; '.join(said)}"] if said else []
+
+
+def _counted(tokens: Sequence[str]) -> str:
+    return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"

@@ -139,6 +139,7 @@ def _extract(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
         arguments.energy,
         device=arguments.device or "auto",
         dtype=arguments.dtype or "float32",
+        tokenizer=arguments.tokenizer,
         trust_remote_code=arguments.trust_remote_code,
         quiet=arguments.quiet,
     )
@@ -238,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, help="of the factors, at most")
     command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
     command.add_argument("--dtype", help="type of the written weights (default float32)")
+    command.add_argument("--tokenizer", help="base: leave out the tokens that the base lacks")
     _common(command)
 
     command = _command(commands, "methods", _methods, "list the merge methods, or one method's options")

@@ -97,6 +97,7 @@ def extract(
     *,
     device: str | torch.device = "auto",
     dtype: str = "float32",
+    tokenizer: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Merged:
@@ -113,6 +114,7 @@ def extract(
             adapter is exact, and as large as the fine-tune.
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights.
+        tokenizer: "base" of a fine-tune with other tokens than the base: those that the base lacks are left out.
         trust_remote_code: run model code that comes with the checkpoints.
         quiet: show no progress.
 
@@ -133,6 +135,7 @@ def extract(
         dtype=dtype,
         rank=rank,
         energy=energy,
+        tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
         quiet=quiet,
         scaling=1.0,

@@ -579,6 +579,27 @@ def test_adapters_have_the_bases_tokens_or_their_own(chat: Family) -> None:
     assert not plan.notes
 
 
+def test_an_adapter_that_brings_more_rows_is_refused_with_the_way_out(chat: Family) -> None:
+    model = llama(292, bpe(MARKERS))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(chat.folder / "lora")
+    with pytest.raises(
+        InputError, match=r"source 'lora'.*embed_tokens.weight' of 292 rows, the base has 290.*merge_and"
+    ):
+        hf_fda.plan(chat.folder / "base", {"lora": chat.folder / "lora"}, "linear", tokenizer="union")
+
+
+def test_a_fine_tune_with_more_tokens_becomes_an_adapter_of_the_base(chat: Family) -> None:
+    with pytest.raises(InputError, match="tokenizer="):
+        hf_fda.extract(chat.folder / "base", chat.folder / "one", chat.folder / "m", device="cpu", quiet=True)
+    base, one, output = (str(chat.folder / name) for name in ("base", "one", "m"))
+    words = ["extract", "--base", base, "--source", one, "--output", output, "--energy", "1", "--device", "cpu"]
+    assert main([*words, "--tokenizer", "base", "--quiet"]) == 0
+    dense = hf_fda.load(output).merge_and_unload().state_dict()["model.embed_tokens.weight"]
+    own = chat.models["one"].state_dict()["model.embed_tokens.weight"]
+    torch.testing.assert_close(dense, own[:290], rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_comes_out_of_sources_with_more_tokens(chat: Family) -> None:
     merged = chat.merge("task_arithmetic", tokenizer="base", as_adapter=True, scaling=0.5)
     merged_whole = chat.merge("task_arithmetic", output="whole", tokenizer="base", scaling=0.5)

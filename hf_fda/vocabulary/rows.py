@@ -30,11 +30,11 @@ def own_rows(out: Tokens, own: Tokens) -> Tensor:
     [0, -1, 1, 3]
     """
     used = set(out.ids.values()) | set(own.ids.values())
-    rows = torch.tensor([row if row < own.rows and row not in used else -1 for row in range(out.rows)])
+    rows = [row if row < own.rows and row not in used else -1 for row in range(out.rows)]
     for token, row in out.ids.items():
         if token in own.ids and rows[row] < 0:
             rows[row] = own.ids[token]
-    return rows
+    return torch.tensor(rows)
 
 
 class SharedRows:

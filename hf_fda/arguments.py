@@ -8,8 +8,11 @@ from typing import Any
 
 from hf_fda.errors import InputError, nearest
 
-SETTINGS = ("as_adapter", "rank", "energy", "device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code")
-CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", *SETTINGS)
+SETTINGS = (
+    *("as_adapter", "rank", "energy", "device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code"),
+    *("tokenizer", "chat_template", "pad_to_multiple_of"),
+)
+CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", "tokens", *SETTINGS)
 
 
 def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hf_fda.anchors.container import AnchorsInfo
 
 
+STATED = ("rank", "energy", "tokenizer", "pad_to_multiple_of")
+"""Arguments that a card lists where they were given."""
+
+
 @cache
 def _environment() -> jinja2.Environment:
     installed = Path(__file__).parent / "model_cards"
@@ -48,7 +52,7 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], report: A
     if licence:
         metadata["license"] = licence
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
-    settings |= {name: arguments[name] for name in ("rank", "energy") if name in arguments}
+    settings |= {name: arguments[name] for name in STATED if name in arguments}
     return _render(
         "merged_model.md.jinja",
         metadata=metadata,

@@ -157,6 +157,7 @@ def _extract(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
         arguments.energy,
         device=arguments.device or "auto",
         dtype=arguments.dtype or "float32",
+        tokenizer=arguments.tokenizer,
         trust_remote_code=arguments.trust_remote_code,
         quiet=arguments.quiet,
     )
@@ -235,6 +236,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
         command.add_argument("--dtype", help="type of the written weights (default float32; auto: the base's)")
         command.add_argument("--heads", choices=("keep", "merge"), help="task heads: keep each (default) or merge them")
+        command.add_argument("--tokenizer", help="the output's vocabulary: base, union or a source's name")
+        command.add_argument("--chat-template", help="auto, base, a source's name or the template itself")
+        command.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="of the output's vocabulary")
         command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")
         _common(command)
         if name == "plan":
@@ -253,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, help="of the factors, at most")
     command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
     command.add_argument("--dtype", help="type of the written weights (default float32)")
+    command.add_argument("--tokenizer", help="base: leave out the tokens that the base lacks")
     _common(command)
 
     command = _command(commands, "methods", _methods, "list the merge methods, or one method's options")

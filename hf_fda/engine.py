@@ -27,6 +27,9 @@ from hf_fda.store import Store, key_of
 from hf_fda.taskvectors import TaskVectors, warn_of_equals
 from hf_fda.version import versions
 
+ROWS = "/rows"
+"""The name, which no source can have, of the hash of what the vocabulary's rows are made of."""
+
 
 def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
     """Do what a plan says. Work that an earlier run of the same plan finished is not done again.
@@ -100,10 +103,7 @@ class Engine:
     def facts(self) -> dict[str, str]:
         """What all processes must see alike, as hashes by what it is."""
         plan = self.plan
-        weights = {
-            f"the weights of source '{name}'" if name else "the base's weights": found
-            for name, found in self.fingerprints.items()
-        }
+        weights = {_what(name): found for name, found in self.fingerprints.items()}
         targets = () if plan.adapter is None else plan.adapter.targets
         work = [unit.name for unit in plan.units], [shard.file for shard in plan.shards], [t.name for t in targets]
         return {
@@ -126,9 +126,11 @@ class Engine:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """A hash of base and sources, by name; it changes when their weights do."""
+        """A hash of base and sources, by name; it changes when their weights do, or their vocabularies' rows."""
         named = {source.name: source.checkpoint.fingerprint() for source in self.plan.inputs.weighted}
-        return {"": self.base.fingerprint(), **named}
+        found = {"": self.base.fingerprint(), **named}
+        rows = self.plan.inputs.vocabulary.fingerprint
+        return found | {ROWS: rows} if rows else found
 
     def _construction(self, source: Source) -> Construction:
         """What makes one source's anchors in the output folder."""
@@ -210,3 +212,10 @@ class Engine:
         config = self.plan.config
         anchors = [self._anchors_key(source, unit) for source in self.plan.sources_of(unit)]
         return key_of("unit", unit.name, config.options(), anchors, self.fingerprints, self.plan.seed, versions())
+
+
+def _what(name: str) -> str:
+    """What a fingerprint is of, in words."""
+    if name == ROWS:
+        return "the vocabularies"
+    return f"the weights of source '{name}'" if name else "the base's weights"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from hf_fda.adapters import AdapterCheckpoint
+from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
@@ -24,8 +24,8 @@ def peak_memory_bytes(
     if isinstance(config, FDAConfig) and units:
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
         stages.append(max(adaptation_bytes(inputs, config, unit) for unit in units))
-    read = [own.checkpoint for own in inputs.weighted if isinstance(own.checkpoint, AdapterCheckpoint)]
-    return max(stages) + sum(tensor.nbytes for own in read for tensor in own.files.tensors.values())
+    read = [adapter_of(own.checkpoint) for own in inputs.weighted]
+    return max(stages) + sum(t.nbytes for own in read if own is not None for t in own.files.tensors.values())
 
 
 def _tensor_stage(inputs: Inputs, result: Output) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
 from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
 from hf_fda.errors import InputError, few, nearest
+from hf_fda.vocabulary import Vocabulary, VocabularyRequest, align_vocabularies, check_request
 
 
 @dataclass
@@ -39,10 +40,15 @@ class Source:
 
 @dataclass
 class Inputs:
-    """Everything a merge reads."""
+    """Everything a merge reads; base and sources have the same tokens in the same rows.
+
+    `asked` is what was asked of the vocabulary, as plain values.
+    """
 
     base: Checkpoint
     sources: tuple[Source, ...]
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weighted(self) -> tuple[AlignedSource, ...]:
@@ -51,7 +57,14 @@ class Inputs:
 
 
 def open_inputs(
-    base: Any, sources: Any, anchors: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+    base: Any,
+    sources: Any,
+    anchors: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: Any = None,
+    tokens: Any = None,
+    chat_template: Any = None,
+    pad_to_multiple_of: Any = None,
 ) -> Inputs:
     """Open base and sources and match them.
 
@@ -60,11 +73,13 @@ def open_inputs(
         sources: a list of folders, Hub ids, models or anchors, or the same by task name.
         anchors: anchors that were already constructed, by task name of a source that is given as weights.
         trust_remote_code: run model code that comes with the checkpoints.
+        tokenizer: the output's vocabulary, as `hf_fda.plan`; so are `tokens`, `chat_template` and `pad_to_multiple_of`.
 
     Raises:
         InputError: when one cannot be used, or two do not belong together.
     """
     named = name_sources(sources)
+    request = check_request(tokenizer, tokens, chat_template, pad_to_multiple_of, list(named))
     theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
     absent = [name for name in theta.missing if regions(theta.layout)[name] != "after"]
     if absent:
@@ -76,7 +91,34 @@ def open_inputs(
         if name not in named:
             raise InputError(f"anchors: there is no source '{name}': {nearest(name, named)}")
     opened = tuple(_open(theta, name, value, given.get(name), trust_remote_code) for name, value in named.items())
-    return Inputs(theta, opened)
+    inputs = _with_vocabulary(theta, opened, request, trust_remote_code)
+    asked = {
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+        "chat_template": chat_template,
+        "pad_to_multiple_of": pad_to_multiple_of,
+    }
+    return replace(inputs, asked={name: _plain(value) for name, value in asked.items() if value is not None})
+
+
+def _plain(value: Any) -> Any:
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _with_vocabulary(
+    base: Checkpoint, sources: tuple[Source, ...], request: VocabularyRequest, trust_remote_code: bool
+) -> Inputs:
+    """Base and sources with the same tokens in the same rows, and so with tensors of the same shapes."""
+    for source in sources:
+        if source.weights is None and source.name in request.models:
+            raise InputError(f"source '{source.name}' is anchors only and has no tokens; name another model")
+    weighted = [source.weights for source in sources if source.weights is not None]
+    aligned = align_vocabularies(base, weighted, request, trust_remote_code)
+    for own in aligned.sources:
+        check_shapes(aligned.base, own, [name for name in own.tensor_of if not _is_head(aligned.base, own, name)])
+    seen = iter(aligned.sources)
+    found = tuple(replace(source, weights=next(seen)) if source.weights is not None else source for source in sources)
+    return Inputs(aligned.base, found, aligned.vocabulary)
 
 
 def _open(base: Checkpoint, name: str, value: Any, anchors: Any, trust_remote_code: bool) -> Source:
@@ -93,7 +135,6 @@ def _open(base: Checkpoint, name: str, value: Any, anchors: Any, trust_remote_co
     _check_known(base, checkpoint, name)
     aligned = align(base, checkpoint, name)
     _check_complete(base, aligned)
-    check_shapes(base, aligned, [own for own in aligned.tensor_of if not _is_head(base, aligned, own)])
     own_anchors = None
     if anchors is not None:
         try:

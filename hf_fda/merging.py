@@ -33,6 +33,10 @@ def merge(
     rank: int | None = None,
     energy: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: str | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+    pad_to_multiple_of: int | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
     **options: Any,
@@ -73,6 +77,10 @@ def merge(
                 rank=rank,
                 energy=energy,
                 max_shard_bytes=max_shard_bytes,
+                tokenizer=tokenizer,
+                tokens=tokens,
+                chat_template=chat_template,
+                pad_to_multiple_of=pad_to_multiple_of,
                 trust_remote_code=trust_remote_code,
                 **options,
             )
@@ -89,6 +97,7 @@ def extract(
     *,
     device: str | torch.device = "auto",
     dtype: str = "float32",
+    tokenizer: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> Merged:
@@ -105,6 +114,7 @@ def extract(
             adapter is exact, and as large as the fine-tune.
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights.
+        tokenizer: "base" of a fine-tune with other tokens than the base: those that the base lacks are left out.
         trust_remote_code: run model code that comes with the checkpoints.
         quiet: show no progress.
 
@@ -125,6 +135,7 @@ def extract(
         dtype=dtype,
         rank=rank,
         energy=energy,
+        tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
         quiet=quiet,
         scaling=1.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_fda.adapters import AdapterCheckpoint
+from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import few
@@ -21,15 +21,16 @@ def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: Adap
         result: how every tensor of the merged model is made.
         adapter: the adapter that is written, if one is.
     """
-    notes = _adapter_notes(inputs, adapter)
+    notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter)]
     if not inputs.base.layout.known:
         notes.append(
             f"transformers does not know {inputs.base.layout.model_class.__name__}: it is merged tensor by tensor, by "
             "the names in the files, and the output has the base's configuration and code"
         )
     for source in inputs.weighted:
-        if isinstance(source.checkpoint, AdapterCheckpoint):
-            notes.extend(_another_base(source.name, source.checkpoint, inputs.base))
+        own = adapter_of(source.checkpoint)
+        if own is not None:
+            notes.extend(_another_base(source.name, own, inputs.base))
         if source.checkpoint.unexpected:
             unknown = few(source.checkpoint.unexpected)
             notes.append(f"source '{source.name}': left out, as its class has no place for it: {unknown}")

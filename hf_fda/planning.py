@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from hf_fda.adapters import AdapterCheckpoint
+from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.adapters.targets import plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
+from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
 from hf_fda.errors import InputError
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
@@ -45,6 +46,10 @@ def plan(
     rank: int | None = None,
     energy: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: str | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+    pad_to_multiple_of: int | None = None,
     trust_remote_code: bool = False,
     processes: int | None = None,
     **options: Any,
@@ -70,6 +75,16 @@ def plan(
             wherever the merge is a linear combination; full rank where a source is DoRA or a full fine-tune.
         energy: the fraction of the squared norm that a merged adapter's factors keep, module by module.
         max_shard_bytes: size of a weight file.
+        tokenizer: the vocabulary of the output, to which all models are brought token by token: "base", "union" (the
+            base's tokens, then further ones in the order of the sources) or the name of a source. None: tokens must
+            be the same.
+        tokens: by token, whose row it gets in the models that lack it: {"source": name, {"kind": "zero"}, or
+            {"kind": "model_token", "model": name, "token": text or "token_id": id}}; with "force": True in all of
+            them. Without a rule it is the base's row, or the mean of the sources that have the token.
+        chat_template: "auto" (the one most sources have), "base", the name of a source, or the template itself. None:
+            what comes with the tokenizer.
+        pad_to_multiple_of: makes the vocabulary the least multiple of this that holds all tokens. None: it has as
+            many rows as the model whose tokenizer it is, more only where tokens are added.
         trust_remote_code: run model code that comes with the checkpoints.
         processes: predict how long the merge takes on so many processes (the plan's `time`); this measures the speed
             of the device for a moment. None predicts nothing.
@@ -82,7 +97,10 @@ def plan(
     if data is not None:
         raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
     settings = Settings.checked(output, device, dtype, seed, heads, max_shard_bytes, as_adapter, rank, energy)
-    checked = make_plan(open_inputs(base, sources, anchors, trust_remote_code), config, settings)
+    inputs = open_inputs(
+        base, sources, anchors, trust_remote_code, tokenizer, tokens, chat_template, pad_to_multiple_of
+    )
+    checked = make_plan(inputs, config, settings)
     return checked if processes is None else replace(checked, time=predict(checked, processes))
 
 
@@ -104,6 +122,7 @@ def make_plan(
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
     _check_apart(settings.output, inputs)
+    _check_vocabulary(settings, inputs)
     config = _complete(config, inputs)
     units = _units(config, inputs)
     result = decide(inputs, config, units, settings.heads, described.at if described is not None else None)
@@ -154,11 +173,12 @@ def check_disk(plan: Plan) -> None:
 def _check_ties(inputs: Inputs, result: Output) -> None:
     """Refuse an adapter that changes one of two tied tensors: in PEFT the other stays, in a checkpoint it cannot."""
     for source in inputs.weighted:
-        if not isinstance(source.checkpoint, AdapterCheckpoint):
+        adapter = adapter_of(source.checkpoint)
+        if adapter is None:
             continue
         for other, name in result.layout.tied.items():
             own = result.base_names.get(name)
-            if own is not None and result.recipes[name].rule != "base" and source.may_move(own):
+            if own is not None and result.recipes[name].rule != "base" and _changes(adapter, source, own):
                 raise InputError(
                     f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
                     f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
@@ -173,6 +193,19 @@ def _check_moves(result: Output) -> None:
                 f"method '{recipe.config.name}' with these options changes what no source does, which an adapter does "
                 "not hold; write a full checkpoint (as_adapter=False)"
             )
+
+
+def _changes(adapter: AdapterCheckpoint, source: AlignedSource, name: str) -> bool:
+    return name in source.tensor_of and adapter.may_move(source.tensor_of[name])
+
+
+def _check_vocabulary(settings: Settings, inputs: Inputs) -> None:
+    """Refuse an adapter for a base with another vocabulary."""
+    if settings.budget is not None and inputs.vocabulary.changes_base:
+        raise InputError(
+            "as_adapter=True: an adapter goes with the base's own vocabulary; say tokenizer='base', or merge into a "
+            "full checkpoint"
+        )
 
 
 def _check_apart(output: Path, inputs: Inputs) -> None:
@@ -202,7 +235,7 @@ def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
             f"source '{without[0]}' is anchors only and has no task vector; parametrization must then be 'parameters'"
         )
     require_blocks(inputs.base.layout)
-    thin = all(isinstance(source.checkpoint, AdapterCheckpoint) for source in inputs.weighted)
+    thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
     config = config.with_sources(names, all_have_weights=not without, all_thin=thin)
     size = hidden_size(inputs.base.config)
     return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)

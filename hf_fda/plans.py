@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_fda.adapters import AdapterCheckpoint
+from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.reader import Checkpoint
@@ -73,6 +73,8 @@ class Plan:
             kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
             what = "anchors only" if source.weights is None else _kind(source.weights.checkpoint)
             lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
+        if self.inputs.vocabulary.summary is not None:
+            lines.append(f"  tokens    {self.inputs.vocabulary.summary}")
         stated = {**self.config.options(), **self.arguments["options"]}
         options = {name: value for name, value in stated.items() if value is not None}
         lines.append("  options   " + ", ".join(f"{name}={_brief(value)}" for name, value in options.items()))
@@ -112,7 +114,8 @@ class Plan:
 
 def _kind(checkpoint: Checkpoint) -> str:
     name = checkpoint.layout.model_class.__name__
-    return f"{checkpoint.files.kind} adapter of a {name}" if isinstance(checkpoint, AdapterCheckpoint) else name
+    adapter = adapter_of(checkpoint)
+    return name if adapter is None else f"{adapter.files.kind} adapter of a {name}"
 
 
 def _brief(value: Any) -> str:

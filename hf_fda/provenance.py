@@ -56,6 +56,7 @@ def record(
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
     if given:
         record["anchors"] = given
+    record |= inputs.asked
     if described is not None:
         record["options"] |= dict.fromkeys(described.varying, "differs by tensor, see merge_config.yaml")
         record["mergekit"] = described.document

@@ -18,27 +18,17 @@ from hf_fda.checkpoint.writer import save_tensors, shard_index
 from hf_fda.heads import TaskHead
 from hf_fda.plans import Plan
 from hf_fda.store import WORK, Store
+from hf_fda.vocabulary.output import GENERATION, TokenizerFiles
+from hf_fda.vocabulary.tokens import TOKENIZER_FILES
 
 PROCESSORS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
-    "generation_config.json",
+    GENERATION,
 )
-"""Files beside the weights that a merged model takes over from its base."""
+"""Files beside weights and tokenizer that a merged model takes over from its base."""
 
 
 def publish(plan: Plan, store: Store) -> None:
@@ -152,18 +142,25 @@ def _write_head(store: Store, source: AlignedSource, head: TaskHead) -> None:
 
 
 def copy_processors(plan: Plan) -> None:
-    """Copy tokenizer and the like from the base, and the code that its configuration refers to."""
+    """Write the tokenizer, and copy from the base what else goes with a model: the code that it refers to, too."""
     location = plan.inputs.base.location
-    if location is None:
-        return
-    written = plan.result.layout.written_config()
-    code = [name for name in location.names if name.endswith(".py") and "/" not in name and "auto_map" in written]
-    for name in (*PROCESSORS, *code):
-        if name in location.names and not (plan.adapter is not None and name == "generation_config.json"):
-            partial = plan.output / WORK / "partial" / name
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(location.path(name), partial)
-            os.replace(partial, plan.output / name)
+    files = plan.inputs.vocabulary.files or TokenizerFiles(location)
+    contents = {name: files.content(name) for name in files.names}
+    if location is not None:
+        written = plan.result.layout.written_config()
+        code = [name for name in location.names if name.endswith(".py") and "/" not in name and "auto_map" in written]
+        copied = (name for name in (*PROCESSORS, *code) if name in location.names and name not in contents)
+        contents |= {name: location.path(name).read_bytes() for name in copied}
+    if plan.adapter is not None:
+        contents.pop(GENERATION, None)
+    for name in (*TOKENIZER_FILES, GENERATION) if files.names else ():
+        if name not in contents:
+            (plan.output / name).unlink(missing_ok=True)
+    for name, content in contents.items():
+        partial = plan.output / WORK / "partial" / name
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, plan.output / name)
 
 
 def remove_model(folder: Path, store: Store) -> None:

@@ -27,12 +27,13 @@ import yaml
 from conftest import TEXT, fine_tune
 from hub_server import FakeHub
 from safetensors.torch import load_file
+from vocabularies import MARKERS, bpe, llama, save, tuned
 
 import hf_fda
 from hf_fda.anchors import UnitAnchors
 from hf_fda.checkpoint import open_checkpoint
 from hf_fda.cli import main
-from hf_fda.errors import HFFDAError
+from hf_fda.errors import HFFDAError, InputError
 from hf_fda.inputs import name_sources
 
 Away = Callable[..., Any]
@@ -277,6 +278,22 @@ def test_a_merge_by_anchors_from_hub_ids_equals_that_of_the_folders(
     local = merge(str(folders["base-v1"]), {"one": folders["one"]}, tmp_path / "local", **options)
     pulled = away(merge, "org/base@v1", {"one": "org/one"}, tmp_path / "pulled", **options)
     assert contents(pulled) == contents(local)
+
+
+def test_tokens_of_hub_models_are_aligned_as_those_of_folders(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    plain, one = bpe(), bpe(MARKERS)
+    base = llama(len(plain), plain)
+    fine = tuned(base, {row: row for row in range(len(plain))}, len(one), 1)
+    for name, model, tokenizer in (("base", base, plain), ("one", fine, one)):
+        hub.publish(f"org/chat-{name}", save(tmp_path / name, model, tokenizer))
+    options: dict[str, Any] = {"tokenizer": "union", "method": "linear"}
+    local = merge(str(tmp_path / "base"), {"one": tmp_path / "one"}, tmp_path / "local", **options)
+    pulled = away(merge, "org/chat-base", {"one": "org/chat-one"}, tmp_path / "pulled", **options)
+    assert contents(pulled) == contents(local)
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (pulled / name).read_bytes() == (local / name).read_bytes()
+    with pytest.raises(InputError, match=r"source 'one' \(org/chat-one\) has other tokens.*im_start"):
+        away(plan, "org/chat-base", {"one": "org/chat-one"}, tmp_path / "out", method="linear")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hf_fda.adapters.skeleton import build
 from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.location import INDEX, SINGLE, Location, locate
 from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
+from hf_fda.checkpoint.view import RowView
 from hf_fda.errors import InputError
 from hf_fda.lowrank import LowRank
 
@@ -78,10 +79,9 @@ class AdapterCheckpoint:
             return (own if part is None else own.flatten()[part]).clone()
         if name not in self.changes:
             return self.base.read(self._base_name[name], part)
-        base = self.base.read(self._base_name[name])
+        base = self.base.read(self._base_name[name], part)
         base = base.to(torch.promote_types(base.dtype, torch.float32))
-        whole = base + self.changes[name].task(base)
-        return whole if part is None else whole.flatten()[part]
+        return base + self.task(name, base, part)
 
     def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
         """A tensor's task vector, as `Checkpoint.task`: not the difference of two rounded sums."""
@@ -138,6 +138,12 @@ class AdapterCheckpoint:
                     f"{self.id}: tensor '{name}' is {self.shape(name)} in the model of the adapter and "
                     f"{self.base.shape(own)} in the base; it was trained on another base"
                 )
+
+
+def adapter_of(checkpoint: Checkpoint) -> AdapterCheckpoint | None:
+    """The adapter that a checkpoint is, also where it is seen with another vocabulary; None where it is none."""
+    inner = checkpoint.inner if isinstance(checkpoint, RowView) else checkpoint
+    return inner if isinstance(inner, AdapterCheckpoint) else None
 
 
 def is_adapter(value: Any, location: Location | None = None) -> bool:

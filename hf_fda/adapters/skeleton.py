@@ -55,6 +55,7 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
     """
     model_class, config = _model_of(files, base)
     layout = base if model_class is base.model_class and config is base.config else ModelLayout(config, model_class)
+    _check_rows(files, layout)
     model = meta_model(config, model_class)
     hollow = _hollow_out(model)
     own = copy.deepcopy(files.config)
@@ -80,6 +81,19 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
     if empty:
         raise InputError(f"{files.id}: the adapter lacks tensors that its configuration promises ({few(empty)})")
     return Skeleton(wrapped, layout, hollow)
+
+
+def _check_rows(files: AdapterFiles, layout: ModelLayout) -> None:
+    """Refuse an adapter that comes with embeddings of another size than the base's."""
+    for key, tensor in files.tensors.items():
+        name = key.removeprefix("base_model.model.").replace(".modules_to_save", "")
+        shape = layout.shapes.get(name)
+        if shape is not None and layout.roles[name] == "embedding" and tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{files.id}: the adapter comes with '{name}' of {len(tensor)} rows, the base has {shape[0]}; it goes "
+                "with a base whose vocabulary was changed: merge it into that (merge_and_unload), save the model with "
+                "its tokenizer, and give that with tokenizer='union'"
+            )
 
 
 def _hollow_out(model: nn.Module) -> dict[int, nn.Parameter]:

@@ -166,8 +166,9 @@ def check_shapes(base: Checkpoint, source: AlignedSource, names: Iterable[str]) 
     if vocabularies[0] != vocabularies[1]:
         raise InputError(
             f"source '{source.name}' ({source.checkpoint.id}) has a vocabulary of {vocabularies[1]} tokens, the base "
-            f"{vocabularies[0]} (tensor '{first}': {theirs} against {mine}); resize it to the base's vocabulary "
-            "(model.resize_token_embeddings) after checking that the tokens are the same"
+            f"{vocabularies[0]} (tensor '{first}': {theirs} against {mine}), and it cannot be told which tokens; put "
+            "each model's tokenizer into its folder and choose the output's (tokenizer='union', 'base' or a source's "
+            "name), or resize it to the base's vocabulary (model.resize_token_embeddings)"
         )
     raise InputError(
         f"source '{source.name}' ({source.checkpoint.id}): tensor '{source.tensor_of[first]}' is {theirs}, the base's "

@@ -579,6 +579,31 @@ def test_adapters_have_the_bases_tokens_or_their_own(chat: Family) -> None:
     assert not plan.notes
 
 
+def test_an_adapter_of_a_rounded_base_is_not_rounded(chat: Family) -> None:
+    model = llama(290, bpe()).bfloat16()
+    save(chat.folder / "half", model, bpe())
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapter = get_peft_model(t.LlamaForCausalLM.from_pretrained(chat.folder / "half", dtype=torch.float32), config)
+    adapter.save_pretrained(chat.folder / "lora", save_embedding_layers=False)
+    bpe(MARKERS).save_pretrained(chat.folder / "lora")
+    source = {"lora": chat.folder / "lora"}
+    merged = merge(chat.folder / "half", source, "linear", chat.folder / "m", tokenizer="base", pad_to_multiple_of=64)
+    dense = adapter.merge_and_unload().state_dict()["model.embed_tokens.weight"]
+    torch.testing.assert_close(weights(merged.folder)["model.embed_tokens.weight"][:290], dense, rtol=1e-6, atol=1e-7)
+
+
+def test_anchors_have_no_tokens(chat: Family) -> None:
+    anchors = hf_fda.FunctionalDualAnchors.construct(
+        chat.folder / "base", chat.folder / "one", device="cpu", num_anchors=4, num_tokens=2, steps=2
+    )
+    options: dict[str, Any] = {"initial": "base", "rest": "base", "parametrization": "parameters", "device": "cpu"}
+    sources = {"one": anchors, "two": chat.folder / "two"}
+    plan = hf_fda.plan(chat.folder / "base", sources, "fda", tokenizer="union", **options)
+    assert plan.inputs.base.shape("lm_head.weight") == (294, 32)
+    with pytest.raises(InputError, match="source 'one' is anchors only and has no tokens"):
+        hf_fda.plan(chat.folder / "base", sources, "fda", tokenizer="one", **options)
+
+
 def test_an_adapter_that_brings_more_rows_is_refused_with_the_way_out(chat: Family) -> None:
     model = llama(292, bpe(MARKERS))
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")

@@ -99,9 +99,11 @@ class RowView(ReadCheckpoint):
         """Rows `start` to `stop` of a vocabulary tensor whose first axis counts tokens."""
         width = self.shape(name)[1:]
         rows = self._rows[start:stop]
-        found = torch.empty((len(rows), *width), dtype=self.dtype(name))
-        for place, own, count in runs(rows):
-            found[place : place + count] = read_rows(self.inner, name, own, count)
+        stretches = [(place, read_rows(self.inner, name, own, count)) for place, own, count in runs(rows)]
+        dtype = stretches[0][1].dtype if stretches else self.dtype(name)  # an adapter reads in more than is stored
+        found = torch.empty((len(rows), *width), dtype=dtype)
+        for place, stretch in stretches:
+            found[place : place + len(stretch)] = stretch
         lacking = (rows < 0).nonzero().flatten()
         if len(lacking):
             found[lacking] = self._give(name, lacking + start).to(found.dtype)

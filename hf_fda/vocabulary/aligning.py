@@ -74,15 +74,13 @@ def align_vocabularies(
     preferred = None if chosen is models[0] else chosen.checkpoint.config
     parties = _parties(base, sources, [own.tokens for own in models])
     seen = see(parties, out, request.tokens, preferred)
-    whose = {"base": "the base's", "union": "those of base and sources"}.get(
-        request.tokenizer, f"those of '{chosen.name}'"
-    )
+    whose = {"base": "the base's", "union": "those of base and sources"}
     vocabulary = Vocabulary(
-        files,
-        f"{whose}: {len(out.ids)} in {out.rows} rows",
-        seen.notes,
-        (out.ids, out.rows) != (models[0].tokens.ids, models[0].tokens.rows),
-        seen.fingerprint,
+        files=files,
+        summary=f"{whose.get(request.tokenizer, f'those of {chosen.label}')}: {len(out.ids)} in {out.rows} rows",
+        notes=seen.notes,
+        changes_base=(out.ids, out.rows) != (models[0].tokens.ids, models[0].tokens.rows),
+        fingerprint=seen.fingerprint,
     )
     return Aligned(seen.checkpoints[0], _seen_sources(sources, seen.checkpoints), vocabulary)
 

@@ -63,9 +63,17 @@ def same_files(one: Location, other: Location) -> bool:
 def _facts(location: Location) -> dict[str, Any]:
     names = [name for name in (*WITH_TOKENS, "added_tokens.json", "merges.txt") if name in location.names]
     facts: dict[str, Any] = {name: hashlib.sha256(location.path(name).read_bytes()).hexdigest() for name in names}
-    said = location.json(CONFIG) if CONFIG in location.names else {}
+    said = _said(location)
     tokens = ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens", "tokenizer_class")
     return facts | {name: value for name, value in said.items() if name.endswith("_token") or name in tokens}
+
+
+def _said(location: Location) -> dict[str, Any]:
+    """A tokenizer's configuration; empty where there is none."""
+    said = location.json(CONFIG) if CONFIG in location.names else {}
+    if not isinstance(said, dict):
+        raise InputError(f"{location.id}: {CONFIG} must be a mapping; fetch or save it again")
+    return said
 
 
 def load_tokenizer(location: Location, label: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -127,7 +135,7 @@ def chat_template(location: Location | None) -> str | None:
         return None
     if TEMPLATE in location.names:
         return location.path(TEMPLATE).read_text(encoding="utf-8")
-    said = location.json(CONFIG).get("chat_template") if CONFIG in location.names else None
+    said = _said(location).get("chat_template")
     if isinstance(said, list):
         said = next((own.get("template") for own in said if own.get("name") == "default"), None)
     return said if isinstance(said, str) else None

@@ -65,6 +65,7 @@ def open_inputs(
     tokens: Any = None,
     chat_template: Any = None,
     pad_to_multiple_of: Any = None,
+    with_base: bool = True,
 ) -> Inputs:
     """Open base and sources and match them.
 
@@ -74,6 +75,7 @@ def open_inputs(
         anchors: anchors that were already constructed, by task name of a source that is given as weights.
         trust_remote_code: run model code that comes with the checkpoints.
         tokenizer: the output's vocabulary, as `hf_fda.plan`; so are `tokens`, `chat_template` and `pad_to_multiple_of`.
+        with_base: whether the base is one, or only gives shapes and a tokenizer.
 
     Raises:
         InputError: when one cannot be used, or two do not belong together.
@@ -91,7 +93,7 @@ def open_inputs(
         if name not in named:
             raise InputError(f"anchors: there is no source '{name}': {nearest(name, named)}")
     opened = tuple(_open(theta, name, value, given.get(name), trust_remote_code) for name, value in named.items())
-    inputs = _with_vocabulary(theta, opened, request, trust_remote_code)
+    inputs = _with_vocabulary(theta, opened, replace(request, with_base=with_base), trust_remote_code)
     asked = {
         "tokenizer": tokenizer,
         "tokens": tokens,

@@ -14,7 +14,10 @@ import yaml
 from checks import assert_near, assert_same, files, weights
 from conftest import fine_tune, make_model
 from peft import LoraConfig, PeftModel
+from tokenizers import AddedToken
 from torch import Tensor
+from vocabularies import bpe
+from vocabularies import llama as speaker
 
 import hf_fda
 from hf_fda.cli import main
@@ -382,3 +385,80 @@ def test_a_filter_on_a_part_of_a_stack(library: Library, tmp_path: Path) -> None
     models[0]["parameters"] = {"weight": [{"filter": "experts", "value": 1}, {"value": 0}]}
     found, o, a = run(config, tmp_path / "all"), weights(base), weights(one)
     assert_near(found, {name: a[name] if "experts" in name else o[name] for name in o})
+
+
+@pytest.fixture
+def speakers(tmp_path: Path) -> dict[str, Path]:
+    """A base, and two models with tokens of their own, one of which both have."""
+    folders = {}
+    for seed, (name, words) in enumerate({"base": [], "one": ["<x>", "<y>"], "two": ["<z>", "<x>"]}.items()):
+        tokenizer = bpe([AddedToken(word, special=True) for word in words])
+        folders[name] = tmp_path / name
+        speaker(len(tokenizer.get_vocab()), tokenizer, seed=seed).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def embeddings(folder: Path) -> dict[str, Tensor]:
+    """A model's embeddings by token."""
+    table = weights(folder)["model.embed_tokens.weight"]
+    return {token: table[row] for token, row in t.AutoTokenizer.from_pretrained(folder).get_vocab().items()}
+
+
+def test_a_union_without_a_base(speakers: dict[str, Path], tmp_path: Path) -> None:
+    """A model that lacks a token counts with the mean of those that have it; there is no base to take it from."""
+    models = [
+        {"model": str(speakers["one"]), "parameters": {"weight": 0.3}},
+        {"model": str(speakers["two"]), "parameters": {"weight": 1.5}},
+    ]
+    config = {"merge_method": "linear", "models": models, "tokenizer_source": "union"}
+    run({**config, "parameters": {"normalize": False}}, tmp_path / "out")
+    found, a, b = embeddings(tmp_path / "out"), embeddings(speakers["one"]), embeddings(speakers["two"])
+    assert found.keys() == a.keys() | b.keys()
+    for token, row in found.items():
+        torch.testing.assert_close(row, 0.3 * a.get(token, b.get(token)) + 1.5 * b.get(token, a.get(token)))
+
+
+def test_a_model_as_the_tokenizer_and_rules_for_tokens(speakers: dict[str, Path], tmp_path: Path) -> None:
+    base, one, two = speakers.values()
+    rules = {"<x>": {"source": str(one), "force": True}, "<z>": {"source": {"kind": "zero"}}}
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(one)}, {"model": str(two)}],
+        "parameters": {"weight": 0.5},
+        "tokenizer": {"source": str(two), "tokens": rules},
+        "chat_template": "{{ messages }}",
+    }
+    run(config, tmp_path / "out")
+    found, a, b = embeddings(tmp_path / "out"), embeddings(one), embeddings(two)
+    assert found.keys() == b.keys()
+    torch.testing.assert_close(found["<x>"], a["<x>"])
+    torch.testing.assert_close(found["<z>"], 0.5 * b["<z>"])
+    tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert hf_fda.load(tmp_path / "out").generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape == (1, 5)
+    again = hf_fda.merge_config(tmp_path / "out" / "merge_config.yaml", tmp_path / "again", device="cpu", quiet=True)
+    assert files(tmp_path / "out") == files(again.folder)
+
+
+def test_refusals_about_tokens_name_the_line(speakers: dict[str, Path], tmp_path: Path) -> None:
+    base, one, two = speakers.values()
+    text = f"""merge_method: linear
+parameters: {{weight: 1}}
+models:
+  - model: {one}
+  - model: {two}
+"""
+    cases = {
+        "": (None, "tokenizer"),
+        f"tokenizer_source: {base}\n": (6, "is no model of this merge"),
+        "tokenizer:\n  tokens:\n    <x>: {force: true}\n": (8, "source is missing"),
+        "tokenizer:\n  source: union\n  pad_to_multiple_of: 0\n": (7, "pad_to_multiple_of"),
+        "tokenizer_source: union\ntokenizer: {source: base}\n": (7, "one of the two"),
+        "tokenizer_source: union\nchat_template: chatml\n": (6, "neither a template nor a name"),
+    }
+    for more, (line, reason) in cases.items():
+        with pytest.raises(InputError, match=reason) as error:
+            run(text + more, tmp_path / "out")
+        assert line is None or f"line {line}:" in str(error.value), more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -418,6 +419,8 @@ def test_added_tokens_with_gaps_and_tokens_that_share_an_id(tmp_path: Path) -> N
     assert plain.get_vocab()["<far>"] == 300
     base = llama(301, plain)
     family = Family(tmp_path, {"base": (base, plain), "one": (tuned(base, {r: r for r in range(290)}, 292, 1), one)})
+    # Saved by the library, one of two tokens with one id is lost, by chance
+    shutil.copy(tmp_path / "gapped" / "tokenizer.json", tmp_path / "base" / "tokenizer.json")
     merged = family.merge(tokenizer="union")
     tokens = t.AutoTokenizer.from_pretrained(merged.folder).get_vocab()
     assert tokens["<far>"] == 300

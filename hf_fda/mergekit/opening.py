@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from hf_fda.adapters import AdapterCheckpoint, open_adapter
 from hf_fda.blocks import find_blocks, regions
@@ -13,7 +14,7 @@ from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
 from hf_fda.errors import InputError
 from hf_fda.mergekit.groups import Group
 from hf_fda.mergekit.schema import Document, Input, Reference
-from hf_fda.mergekit.views import Layers, Nothing, Stacked, Whole
+from hf_fda.mergekit.views import Layers, Stacked, Whole
 from hf_fda.provenance import pinned
 
 
@@ -63,10 +64,19 @@ class Models:
         return open_checkpoint(reference.model, trust_remote_code=self.trust_remote_code, label=reference.model)
 
 
-def open_groups(
-    document: Document, groups: Sequence[Group], models: Models
-) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """The base and the sources (by name) of a document's merge.
+@dataclass(frozen=True)
+class Opened:
+    """The base and the sources (by name) of a document's merge. Without a base it is a model that gives shapes and
+    tokenizer (`with_base` is false). `names` tells which of them a reference means, by its key."""
+
+    base: Checkpoint
+    sources: dict[str, Checkpoint]
+    with_base: bool
+    names: dict[str, str]
+
+
+def open_groups(document: Document, groups: Sequence[Group], models: Models) -> Opened:
+    """The models of a document's merge.
 
     Args:
         document: what is merged.
@@ -80,23 +90,22 @@ def open_groups(
         models.open(reference)
     first = groups[0]
     stacked = document.slices != ()
-    if first.base is not None:
-        base = _stack([group.base for group in groups], models) if stacked else models.open(first.base.reference)
-    else:
-        own = first.sources[0]
-        named = document.base is not None and not stacked
-        origin = models.open(document.base if named and document.base is not None else own.reference)
-        base = Nothing(_stack([group.sources[0] for group in groups], models) if stacked else origin)
+    giving = [group.base or group.sources[0] for group in groups]
+    base = _stack(giving, models) if stacked else models.open(document.base or giving[0].reference)
+    if isinstance(base, AdapterCheckpoint):
+        base = Whole(base)
+    names: dict[str, str] = {}
     sources: dict[str, Checkpoint] = {}
     for number, source in enumerate(first.sources):
-        if stacked:
-            every = [group.sources[number] for group in groups]
-            sources[_name([own.reference for own in every], sources)] = _stack(every, models)
-        else:
-            opened = models.open(source.reference)
-            foreign = isinstance(opened, AdapterCheckpoint) and opened.base is not base
-            sources[_name([source.reference], sources)] = Whole(opened) if foreign else opened
-    return base, sources
+        every = [group.sources[number] for group in groups]
+        name = _name([own.reference for own in every], sources)
+        opened = _stack(every, models) if stacked else models.open(source.reference)
+        exact = isinstance(opened, AdapterCheckpoint) and first.base is not None and opened.base is base
+        sources[name] = Whole(opened) if isinstance(opened, AdapterCheckpoint) and not exact else opened
+        names |= {own.reference.key: name for own in every}
+    if document.base is not None:
+        names[document.base.key] = "base"
+    return Opened(base, sources, first.base is not None, names)
 
 
 def _name(references: Sequence[Reference], taken: Mapping[str, Checkpoint]) -> str:
@@ -108,11 +117,11 @@ def _name(references: Sequence[Reference], taken: Mapping[str, Checkpoint]) -> s
     return next(name for name in names if name not in taken)
 
 
-def _stack(inputs: Sequence[Input | None], models: Models) -> Checkpoint:
+def _stack(inputs: Sequence[Input], models: Models) -> Checkpoint:
     """The layers that a source (or the base) has in every slice, as one model."""
     parts: list[Layers] = []
     for own in inputs:
-        assert own is not None and own.layers is not None
+        assert own.layers is not None
         checkpoint = models.open(own.reference)
         blocks = find_blocks(checkpoint.layout.model)
         towers = {block.rpartition(".")[0] for block in blocks}

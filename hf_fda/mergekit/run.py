@@ -19,7 +19,8 @@ from hf_fda.mergekit.groups import groups_of
 from hf_fda.mergekit.opening import Models, open_groups
 from hf_fda.mergekit.parameters import Parameters
 from hf_fda.mergekit.schema import Document, read_document
-from hf_fda.mergekit.views import Planned
+from hf_fda.mergekit.views import Nothing, Planned
+from hf_fda.mergekit.vocabulary import vocabulary_of
 from hf_fda.mergekit.yamlnodes import read_documents
 from hf_fda.planning import make_plan
 from hf_fda.plans import Plan
@@ -171,8 +172,12 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     groups = groups_of(document)
     parameters = Parameters(document, groups)
     models = Models(results, trust)
-    base, sources = open_groups(document, groups, models)
-    inputs = open_inputs(base, sources, trust_remote_code=trust)
+    opened = open_groups(document, groups, models)
+    wanted = vocabulary_of(document, opened)
+    with_base = document.base is not None
+    inputs = open_inputs(opened.base, opened.sources, None, trust, **wanted, with_base=with_base)
+    if not opened.with_base:
+        inputs = replace(inputs, base=Nothing(inputs.base))
     varying = parameters.varying
     at = parameters.at(inputs) if varying else None
     described = Described(_record(document, models.pinned(), checked), at, varying)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hf_fda.errors import nearest
 from hf_fda.mergekit.values import Setting, read_setting
@@ -64,11 +64,22 @@ class OutputSlice:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What is said of the vocabulary: whose it is, rules for single tokens, a multiple for its size, a chat template.
+    `node` is where it is said."""
+
+    node: Node
+    source: Node | Literal["union"] | None
+    tokens: Node | None
+    multiple: Node | None
+    template: Node | None
+
+
+@dataclass(frozen=True)
 class Document:
     """One merge, as a mergekit configuration describes it: `models`, or `slices` of their layers.
 
-    `settings` are arguments of `hf_fda.merge`, `tokenizer` what is said of the vocabulary, `plain` all of it in plain
-    values.
+    `settings` are arguments of `hf_fda.merge`, `plain` is all of the document in plain values.
     """
 
     node: Node
@@ -79,7 +90,7 @@ class Document:
     slices: tuple[OutputSlice, ...]
     parameters: dict[str, Setting]
     dtype: str | None
-    tokenizer: dict[str, Any]
+    vocabulary: Vocabulary | None
     settings: dict[str, Any]
     plain: dict[str, Any]
 
@@ -120,7 +131,7 @@ def read_document(node: Node) -> Document:
         slices=slices,
         parameters=_parameters(fields.get("parameters")),
         dtype=_dtype(fields),
-        tokenizer=_tokenizer(fields),
+        vocabulary=_vocabulary(fields),
         settings={name: own.plain() for name, own in fields["hf_fda"].fields(SETTINGS).items()}
         if "hf_fda" in fields
         else {},
@@ -139,20 +150,20 @@ def _dtype(fields: dict[str, Node]) -> str | None:
     return found
 
 
-def _tokenizer(fields: dict[str, Node]) -> dict[str, Any]:
-    """What the document says of the vocabulary, by the names of `hf_fda.merge`'s arguments."""
+def _vocabulary(fields: dict[str, Node]) -> Vocabulary | None:
+    """What the document says of the vocabulary, where it says something."""
     if "tokenizer" in fields and "tokenizer_source" in fields:
         fields["tokenizer"].refuse("give either tokenizer or tokenizer_source, one of the two")
-    found: dict[str, Any] = {}
-    if "tokenizer_source" in fields:
-        found["tokenizer"] = fields["tokenizer_source"].text()
+    said = [fields[name] for name in ("tokenizer", "tokenizer_source", "chat_template") if name in fields]
+    if not said:
+        return None
+    inner = fields["tokenizer"].fields(("source", "tokens", "pad_to_multiple_of")) if "tokenizer" in fields else {}
+    source: Node | Literal["union"] | None = fields.get("tokenizer_source")
     if "tokenizer" in fields:
-        own = fields["tokenizer"].fields(("source", "tokens", "pad_to_multiple_of"))
-        found["tokenizer"] = own["source"].text() if "source" in own else "union"
-        found |= {name: own[name].plain() for name in ("tokens", "pad_to_multiple_of") if name in own}
-    if "chat_template" in fields:
-        found["chat_template"] = fields["chat_template"].text()
-    return found
+        source = inner.get("source") or "union"
+    return Vocabulary(
+        said[0], source, inner.get("tokens"), inner.get("pad_to_multiple_of"), fields.get("chat_template")
+    )
 
 
 def _input(node: Node) -> Input:

@@ -73,7 +73,7 @@ def align_vocabularies(
         files = replace(files, written={**files.written, GENERATION: generation})
     preferred = None if chosen is models[0] else chosen.checkpoint.config
     parties = _parties(base, sources, [own.tokens for own in models])
-    seen = see(parties, out, request.tokens, preferred)
+    seen = see(parties, out, request.tokens, preferred, request.with_base)
     whose = {"base": "the base's", "union": "those of base and sources"}
     vocabulary = Vocabulary(
         files=files,

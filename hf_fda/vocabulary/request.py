@@ -28,13 +28,15 @@ class VocabularyRequest:
 
     `tokenizer` is None (all must have the same), "base", "union" or a source's name; `tokens` are rules by token;
     `chat_template` None (what comes with the tokenizer), "auto", "base", a source's name, or the template itself;
-    `pad_to_multiple_of` makes the number of rows the least such multiple that holds all tokens.
+    `pad_to_multiple_of` makes the number of rows the least such multiple that holds all tokens. `with_base` says
+    whether the base is one, or gives shapes and a tokenizer to a merge without a base.
     """
 
     tokenizer: str | None
     tokens: Mapping[str, TokenRule]
     chat_template: str | None
     pad_to_multiple_of: int | None
+    with_base: bool = True
 
     @property
     def models(self) -> set[str]:

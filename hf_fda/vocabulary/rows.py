@@ -47,6 +47,7 @@ class SharedRows:
         rows: (M, rows of the output), each model's own rows, -1 where it has none.
         tokens: (rows of the output,) bool, whether a token uses the row.
         given: by row of the output the model and its row that a user chose; None for zeros.
+        with_base: whether the first model is a base; else it only gives its shapes, and none is the others' model.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class SharedRows:
         rows: Tensor,
         tokens: Tensor,
         given: Mapping[int, tuple[int, int] | None],
+        with_base: bool = True,
     ) -> None:
         self.checkpoints, self.names, self.axes = tuple(checkpoints), tuple(names), dict(axes)
-        self.rows, self.tokens, self.given = rows, tokens, dict(given)
+        self.rows, self.tokens, self.given, self.with_base = rows, tokens, dict(given), with_base
         self._donors: dict[str, Tensor] = {}
         self._fillers: dict[str, Tensor] = {}
 
@@ -97,7 +99,10 @@ class SharedRows:
             for model, names in enumerate(self.names):
                 if key not in names:
                     donors[model] = -1
-            donors[1:, donors[0] >= 0] = -1
+            if self.with_base:
+                donors[1:, donors[0] >= 0] = -1
+            else:
+                donors[0] = -1
             for row, chosen in self.given.items():
                 donors[:, row] = -1
                 if chosen is not None:
@@ -108,7 +113,7 @@ class SharedRows:
     def fingerprint(self) -> str:
         """A hash of what every row is made of; the models' weights are not in it."""
         digest = hashlib.sha256(self.rows.numpy().tobytes() + self.tokens.numpy().tobytes())
-        digest.update(repr((sorted(self.axes.items()), sorted(self.given.items()))).encode())
+        digest.update(repr((sorted(self.axes.items()), sorted(self.given.items()), self.with_base)).encode())
         return digest.hexdigest()
 
     def _read(self, model: int, key: str, rows: Tensor) -> Tensor:

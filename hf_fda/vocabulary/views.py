@@ -50,7 +50,11 @@ class Seen:
 
 
 def see(
-    parties: Sequence[Party], out: Tokens, rules: Mapping[str, TokenRule], preferred: PretrainedConfig | None = None
+    parties: Sequence[Party],
+    out: Tokens,
+    rules: Mapping[str, TokenRule],
+    preferred: PretrainedConfig | None = None,
+    with_base: bool = True,
 ) -> Seen:
     """Let all models have the output's tokens in the output's rows.
 
@@ -59,6 +63,7 @@ def see(
         out: the output's tokens.
         rules: what a user said of single tokens.
         preferred: the configuration whose token ids the models get; None: their own, renumbered.
+        with_base: whether the first is a base, whose rows the others get for tokens that they lack.
 
     Raises:
         InputError: when a rule cannot be kept, or a model's vocabulary cannot be changed.
@@ -78,14 +83,14 @@ def see(
     _check_given(rules, parties, names, common)
     used = torch.zeros(out.rows, dtype=torch.bool)
     used[list(out.ids.values())] = True
-    shared = SharedRows([party.checkpoint for party in parties], names, common, own, used, given)
+    shared = SharedRows([party.checkpoint for party in parties], names, common, own, used, given, with_base)
     seen, notes = [], []
     for index, party in enumerate(parties):
         if not axes[index] or not (changed[index] or (index == 0 and preferred is not None)):
             seen.append(party.checkpoint)
             continue
         seen.append(_view(party, axes[index], rows[index], out, shared, preferred))
-        notes.extend(_note(party, out, rules))
+        notes.extend(_note(party, out, rules, with_base))
     return Seen(tuple(seen), tuple(notes), shared.fingerprint())
 
 
@@ -155,14 +160,17 @@ def _check_given(
                 )
 
 
-def _note(party: Party, out: Tokens, rules: Mapping[str, TokenRule]) -> list[str]:
+def _note(party: Party, out: Tokens, rules: Mapping[str, TokenRule], with_base: bool) -> list[str]:
     """What is done to one model, in words."""
     own = party.tokens.ids
     lacking = [token for token in out.ids if token not in own and token not in rules]
     ruled = [token for token, rule in rules.items() if token not in own or rule.force]
     moved = [token for token, row in own.items() if out.ids.get(token, row) != row]
     dropped = [token for token in own if token not in out.ids]
-    shared = "added as the mean of the sources that have them" if party.name == "base" else "taken from the base"
+    if party.name == "base" and not with_base:
+        return []
+    mean = party.name == "base" or not with_base
+    shared = "added as the mean of the sources that have them" if mean else "taken from the base"
     kinds = ((lacking, shared), (ruled, "set by rule"), (moved, "moved to other rows"), (dropped, "left out"))
     said = [f"{_counted(tokens)} {what} ({few(tokens)})" for tokens, what in kinds if tokens]
     if party.tokens.rows != out.rows:

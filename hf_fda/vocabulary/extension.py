@@ -96,7 +96,7 @@ def extend(
             longer.save_pretrained(folder)
         else:
             longer.save_pretrained(folder)
-            state = _spelled_out(state, longer.get_vocab(), new, donors, label)
+            state = _spelled_out(state, tokenizer.get_vocab(), new, donors, label)  # copies lose ids that two share
             (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         _forget_place(folder / CONFIG)
         ids = load_tokenizer(Location("with further tokens", folder=folder), label, trust_remote_code).get_vocab()

@@ -192,7 +192,7 @@ class Engine:
         """The work of adapting one unit."""
         assert isinstance(self.plan.config, FDAConfig)
 
-        def make() -> Callable[[Path], None]:
+        def make() -> Callable[[Path], str]:
             found = [self._anchors_of(source, unit) for source in self.plan.sources_of(unit)]
             adapted = adapted_unit(self.plan, self.builder, self.vectors, unit, found, self.progress)
             return lambda path: save_tensors(path, adapted)

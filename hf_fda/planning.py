@@ -27,7 +27,7 @@ from hf_fda.notes import notes_of
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import predict
 from hf_fda.provenance import record
-from hf_fda.recipes import Heads, Output, decide
+from hf_fda.recipes import Heads, Output, decide, out_dtype
 from hf_fda.store import new_folder
 
 DTYPES = {
@@ -71,7 +71,8 @@ def plan(
         data: examples by task name, for methods that look at data.
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights: "float32", "bfloat16", "float16", "float64", or "auto" for the base's.
-            The computation is in float32, or float64 where a method works entry by entry.
+            The computation is in float32 where that is precise enough for one source of weight 1 to come out as it
+            is, else in float64.
         seed: of everything random.
         anchors: anchors constructed earlier, by the name of a source that is given as weights.
         heads: "keep" each source's task head beside the merged body, or "merge" heads of one task into one.
@@ -99,11 +100,11 @@ def plan(
     config = _complete(config, inputs)
     units = _units(config, inputs)
     result = decide(inputs, config, units, cast(Heads, heads))
-    out_dtype = DTYPES.get(dtype)
+    written = DTYPES.get(dtype)
     adapter = None if budget is None else plan_adapter(inputs, result, budget)
     if adapter is None:
         _check_ties(inputs, result)
-    shards = () if adapter is not None else plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
+    shards = () if adapter is not None else plan_shards(_groups(inputs, result, written), max_shard_bytes)
     checked = Plan(
         inputs=inputs,
         config=config,
@@ -111,12 +112,12 @@ def plan(
         result=result,
         units=units,
         shards=shards,
-        dtype=out_dtype,
+        dtype=written,
         device=chosen,
         seed=int(seed),
         heads=cast(Heads, heads),
         arguments=record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
-        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
+        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, shards, written, adapter),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
         notes=tuple(notes_of(inputs, config, result, adapter)),
         adapter=adapter,
@@ -220,9 +221,12 @@ def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:
 def _groups(
     inputs: Inputs, result: Output, dtype: torch.dtype | None
 ) -> list[tuple[tuple[str, ...], dict[str, TensorSpec]]]:
-    """Groups of output tensors with what they become on disk, from meta tensors."""
+    """Groups of output tensors in the order in which the base is read, with what they become on disk, from meta
+    tensors."""
+    order = {name: number for number, name in enumerate(inputs.base.disk_order)}
+    in_memory = {name: order.get(result.base_names.get(name, ""), len(order)) for name in result.recipes}
     groups = []
-    for names in result.layout.save_groups(result.recipes):
+    for names in result.layout.save_groups(sorted(result.recipes, key=in_memory.__getitem__)):
         meta = {
             name: torch.empty(result.layout.shapes[name], dtype=out_dtype(inputs, result, name, dtype), device="meta")
             for name in names
@@ -230,10 +234,3 @@ def _groups(
         on_disk = result.layout.to_disk(meta)
         groups.append((names, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in on_disk.items()}))
     return groups
-
-
-def out_dtype(inputs: Inputs, result: Output, name: str, dtype: torch.dtype | None) -> torch.dtype:
-    """The type an output tensor is written in: whole numbers keep theirs."""
-    own = result.base_names.get(name)
-    stored = inputs.base.dtype(own) if own is not None else inputs.weighted[0].checkpoint.dtype(name)
-    return dtype if dtype is not None and stored.is_floating_point else stored

@@ -8,25 +8,33 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from hf_fda.merge_methods.config import Scope, TaskVectorConfig, option
+from hf_fda.merge_methods.config import Scope, TaskVectorConfig, Trim, option, trim_option
 from hf_fda.merge_methods.registry import register
 from hf_fda.tensors import agreeing_mean, trim, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
-class TIESConfig(TaskVectorConfig):
-    """Options of `ties`."""
-
-    name: ClassVar[str] = "ties"
-    summary: ClassVar[str] = "mean of the largest entries that agree with an elected sign (TIES)"
-    paper: ClassVar[str] = "TIES-Merging, arXiv 2306.01708"
-    scope: ClassVar[Scope] = "tensor"
+class ElectionConfig(TaskVectorConfig):
+    """Options of methods that trim, elect a sign and average what agrees."""
 
     density: float = option(1.0, "fraction of each tensor's entries to keep, the largest", minimum=0, maximum=1)
     majority_sign_method: Literal["total", "frequency"] = option(
         "total", "the elected sign is that of the sum of the entries, or of most of them"
     )
     normalize: bool = option(True, "divide by the weights of the sources that agree, else only sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TIESConfig(ElectionConfig):
+    """Options of `ties`."""
+
+    name: ClassVar[str] = "ties"
+    summary: ClassVar[str] = "mean of the largest entries that agree with an elected sign (TIES)"
+    paper: ClassVar[str] = "TIES-Merging, arXiv 2306.01708"
+    scope: ClassVar[Scope] = "tensor"
+    trims: ClassVar[bool] = True
+
+    trim: Trim = trim_option()
 
 
 @register(TIESConfig)

@@ -20,7 +20,6 @@ from hf_fda.merging_tensors import TensorMerger, check_finite
 from hf_fda.plans import Plan
 from hf_fda.publish import publish
 from hf_fda.recipes import Recipe, out_dtype
-from hf_fda.selection import Cut
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
 from hf_fda.taskvectors import TaskVectors
@@ -83,12 +82,7 @@ class Assembly(ABC):
 
 
 class CheckpointAssembly(Assembly):
-    """The weight files of one plan; arguments as `Assembly`.
-
-    `cuts` are set before files are written where a method trims whole task vectors.
-    """
-
-    cuts: Sequence[Cut] = ()
+    """The weight files of one plan; arguments as `Assembly`."""
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -131,7 +125,7 @@ class CheckpointAssembly(Assembly):
         result, written = self.plan.result, 0
         held = {group: sum(self.footprint.of(name) for name in group) for group in shard.groups}
         with Workers() as workers, SafetensorsWriter(path, shard.specs) as file:
-            merger = TensorMerger(self.vectors, workers, self.cuts)
+            merger = TensorMerger(self.vectors, workers)
             made = workers.in_order(partial(self._group, merger), shard.groups, held.__getitem__, AHEAD_BYTES)
             for tensors in made:
                 for name, tensor in result.layout.to_disk(tensors).items():

@@ -44,11 +44,10 @@ class TensorMerger:
     Args:
         vectors: reads base and sources.
         workers: the threads that compute.
-        cuts: for methods that trim whole task vectors, which entries of each source stay.
     """
 
-    def __init__(self, vectors: TaskVectors, workers: Workers, cuts: Sequence[Cut] = ()) -> None:
-        self.vectors, self.workers, self.cuts = vectors, workers, cuts
+    def __init__(self, vectors: TaskVectors, workers: Workers) -> None:
+        self.vectors, self.workers = vectors, workers
         self.sources = vectors.inputs.weighted
         self.device = vectors.device
         self._exact = torch.float32 if self.device.type == "mps" else torch.float64
@@ -77,12 +76,13 @@ class TensorMerger:
         out = torch.empty(prod(shape), dtype=dtype)
         if factors is not None:
             self._over(name, parts_of(len(out)), lambda part: self._combine(name, factors, part, out))
-        elif trims(config) and not self.cuts:
+        elif trims(config) and not self.vectors.cuts:
             count = len(out) // shape[0] if role == "stack" else len(out)  # each weight of a stack is trimmed alone
             for region in parts_of(len(out), count):
                 self._trim_and_merge(name, config, region, out)
         else:
-            self._over(name, parts_of(len(out)), lambda part: self._merge_part(name, config, part, out, self.cuts))
+            cuts = self.vectors.cuts if trims(config) else ()
+            self._over(name, parts_of(len(out)), lambda part: self._merge_part(name, config, part, out, cuts))
         return out.view(shape)
 
     def _over(self, name: str, parts: Sequence[S], function: Callable[[S], T]) -> list[T]:

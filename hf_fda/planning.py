@@ -29,6 +29,7 @@ from hf_fda.prediction import predict
 from hf_fda.provenance import record
 from hf_fda.recipes import Heads, Output, decide, out_dtype
 from hf_fda.store import new_folder
+from hf_fda.trimming import refuse_global
 
 DTYPES = {
     "float32": torch.float32,
@@ -98,6 +99,7 @@ def plan(
     inputs = open_inputs(base, sources, anchors, trust_remote_code)
     _check_apart(folder, inputs)
     config = _complete(config, inputs)
+    _check_trim(config, as_adapter)
     units = _units(config, inputs)
     result = decide(inputs, config, units, cast(Heads, heads))
     written = DTYPES.get(dtype)
@@ -186,6 +188,16 @@ def _check_apart(output: Path, inputs: Inputs) -> None:
         location = checkpoint.location
         if location is not None and location.folder is not None and location.folder.resolve() == output.resolve():
             raise InputError(f"output '{output}' is {name} itself; choose another folder")
+
+
+def _check_trim(config: MethodConfig, as_adapter: bool) -> None:
+    """Refuse a trim over whole task vectors where blocks or adapters are merged one by one."""
+    if as_adapter:
+        refuse_global(config, "adapters")
+    if isinstance(config, FDAConfig):
+        for own in (config.initial, config.rest):
+            if isinstance(own, MethodConfig):
+                refuse_global(own, "method 'fda'")
 
 
 def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:

@@ -14,6 +14,7 @@ from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.progress import logger
 from hf_fda.randomness import random_stream
+from hf_fda.selection import Cut
 from hf_fda.tensorwise import BLOCK, apply_method, apply_to_factors, parts_of
 
 
@@ -61,6 +62,8 @@ class TaskVectors:
     def __init__(self, inputs: Inputs, device: torch.device, seed: int = 0) -> None:
         self.inputs, self.base, self.device, self.seed = inputs, inputs.base, device, seed
         self.moved: dict[str, bool] = {}
+        self.cuts: Sequence[Cut] = ()
+        """For methods that trim whole task vectors, which entries of each source stay, once that is known."""
 
     def read(self, name: str, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the sources' task tensors, on the device.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fda.errors import RunError
+from hf_fda.errors import InputError, RunError
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.selection import (
     COARSE_BINS,
@@ -34,6 +34,23 @@ NOTHING = Cut(FINITE << HALF)
 def trims(config: MethodConfig) -> bool:
     """Whether a method leaves entries of the task vectors out before it merges them."""
     return config.trims and not config.keeps_entries()
+
+
+def trims_globally(config: MethodConfig | None) -> bool:
+    """Whether a method trims over the whole task vectors."""
+    return config is not None and trims(config) and getattr(config, "trim", "tensor") == "global"
+
+
+def refuse_global(config: MethodConfig, what: str) -> None:
+    """Refuse a global trim where tensors are merged without a look at the others.
+
+    Raises:
+        InputError: saying what it is refused for.
+    """
+    if trims_globally(config):
+        raise InputError(
+            f"method '{config.name}': trim='global' is for full checkpoints, not {what}; use 'tensor'"
+        )
 
 
 def kept_of(config: MethodConfig, count: int) -> int:

@@ -48,9 +48,7 @@ def refuse_global(config: MethodConfig, what: str) -> None:
         InputError: saying what it is refused for.
     """
     if trims_globally(config):
-        raise InputError(
-            f"method '{config.name}': trim='global' is for full checkpoints, not {what}; use 'tensor'"
-        )
+        raise InputError(f"method '{config.name}': trim='global' is for full checkpoints, not {what}; use 'tensor'")
 
 
 def kept_of(config: MethodConfig, count: int) -> int:

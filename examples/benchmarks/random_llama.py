@@ -1,4 +1,4 @@
-"""Random checkpoints in the shape of Llama or Mixtral, written tensor by tensor in shards as `save_pretrained` makes them."""
+"""Random checkpoints in the shape of Llama or Mixtral, written tensor by tensor in shards as transformers does."""
 
 from __future__ import annotations
 

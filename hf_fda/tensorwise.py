@@ -11,7 +11,7 @@ from hf_fda.checkpoint.layout import Role
 from hf_fda.lowrank import LowRank, add
 from hf_fda.merge_methods import MethodConfig
 
-PART = 2**22
+PART = 2**21
 """Entries of a large tensor that are read at a time."""
 
 BLOCK = 2**17

@@ -107,10 +107,8 @@ def main() -> None:
         for seed, name in enumerate(["base", *names]):
             if not (work / name).is_dir():
                 write_random(work / name, llama(512, 4, 16000) if arguments.small else llama(), seed)
-        print(
-            "| method | seconds | mergekit | ratio | of processors | mergekit | ratio | peak MB | mergekit | ratio | copy |"
-        )
-        print("| --- " * 11 + "|")
+        compared = [word for what in ("seconds", "of processors", "peak MB") for word in (what, "mergekit", "ratio")]
+        print("| " + " | ".join(["method", *compared, "copy"]) + " |\n" + "| --- " * 11 + "|")
         for method in arguments.methods:
             used = names[:2] if method == "slerp" else names
             own, other, copied = compare(work, arguments.mergekit, method, used, arguments.rounds)

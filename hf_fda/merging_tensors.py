@@ -67,7 +67,7 @@ class TensorMerger:
             RunError: naming the tensor, and the source if it is one, when inputs or result are not finite.
         """
         base = self.vectors.base
-        if not base.dtype(name).is_floating_point:
+        if not base.dtype(name).is_floating_point or not prod(base.shape(name)):
             return base.read(name)
         shape, role = base.shape(name), base.layout.roles[name]
         factors = mean_of_models(self.vectors, name, config, dtype)

@@ -72,7 +72,7 @@ class AdapterAssembly(Assembly):
         """The work of merging and factoring one tensor."""
         file = f"{FACTORS}/{target.base_name}.safetensors"
 
-        def make() -> Callable[[Path], None]:
+        def make() -> Callable[[Path], str]:
             tensors = self._made(target)
             return lambda path: save_tensors(path, tensors)
 

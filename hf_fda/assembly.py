@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from hf_fda.blocks import Unit
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
 from hf_fda.devices import release_memory
-from hf_fda.errors import RunError
-from hf_fda.planning import out_dtype
+from hf_fda.footprint import AHEAD_BYTES, Footprint
+from hf_fda.merging_tensors import TensorMerger, check_finite
 from hf_fda.plans import Plan
 from hf_fda.publish import publish
-from hf_fda.recipes import Recipe
+from hf_fda.recipes import Recipe, out_dtype
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
 from hf_fda.taskvectors import TaskVectors
 from hf_fda.version import versions
+from hf_fda.workers import Workers
 
 STAGED = f"{WORK}/staged"
 """Where finished weight files wait until all are there."""
@@ -30,7 +32,7 @@ STAGED = f"{WORK}/staged"
 BLOCKS = f"{WORK}/blocks"
 """Where adapted units wait until the files that hold them are written."""
 
-RELEASE_EVERY = 10_000_000
+RELEASE_EVERY = 250_000_000
 """Bytes written to a weight file between two times that freed memory is given back."""
 
 
@@ -82,6 +84,11 @@ class Assembly(ABC):
 class CheckpointAssembly(Assembly):
     """The weight files of one plan; arguments as `Assembly`."""
 
+    @cached_property
+    def footprint(self) -> Footprint:
+        """What each tensor needs while it is made."""
+        return Footprint(self.plan.inputs, self.plan.result, self.plan.dtype)
+
     @property
     def parts(self) -> tuple[Shard, ...]:
         """What is made one by one."""
@@ -101,7 +108,7 @@ class CheckpointAssembly(Assembly):
         cost = costs.writing(self.plan.inputs, self.plan.result, shard).weight
         staged = f"{STAGED}/{shard.file}"
 
-        def make() -> Callable[[Path], None]:
+        def make() -> Callable[[Path], str]:
             return lambda path: self._fill(path, shard)
 
         return Piece(f"write {shard.file}", staged, self._shard_key(shard), cost, make, (shard.file,))
@@ -113,40 +120,41 @@ class CheckpointAssembly(Assembly):
         specs = {name: (str(spec.dtype), spec.shape) for name, spec in shard.specs.items()}
         return key_of("shard", rules, specs, units, self.fingerprints, versions())
 
-    def _fill(self, path: Path, shard: Shard) -> None:
+    def _fill(self, path: Path, shard: Shard) -> str:
+        """Write a weight file tensor by tensor, the next ones being merged meanwhile; its hash."""
         result, written = self.plan.result, 0
-        with SafetensorsWriter(path, shard.specs) as file:
-            for group in shard.groups:
-                if written > RELEASE_EVERY:
-                    release_memory()
-                    written = 0
-                tensors = {
-                    name: self._tensor(name).to(out_dtype(self.plan.inputs, result, name, self.plan.dtype))
-                    for name in group
-                }
+        held = {group: sum(self.footprint.of(name) for name in group) for group in shard.groups}
+        with Workers() as workers, SafetensorsWriter(path, shard.specs) as file:
+            merger = TensorMerger(self.vectors, workers)
+            made = workers.in_order(partial(self._group, merger), shard.groups, held.__getitem__, AHEAD_BYTES)
+            for tensors in made:
                 for name, tensor in result.layout.to_disk(tensors).items():
                     file.write(name, tensor)
                     written += tensor.nbytes
+                if written > RELEASE_EVERY:
+                    release_memory()
+                    written = 0
+        return file.digest
 
-    def _tensor(self, name: str) -> Tensor:
-        """One merged tensor in memory layout, on the CPU, by its recipe.
+    def _group(self, merger: TensorMerger, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self._tensor(merger, name) for name in names}
+
+    def _tensor(self, merger: TensorMerger, name: str) -> Tensor:
+        """One merged tensor in memory layout and in the type that is written, on the CPU, by its recipe.
 
         Raises:
             RunError: when it is not finite although its inputs are.
         """
-        recipe = self.plan.result.recipes[name]
+        recipe, own = self.plan.result.recipes[name], self.plan.result.base_names.get(name)
+        dtype = out_dtype(self.plan.inputs, self.plan.result, name, self.plan.dtype)
         if recipe.rule == "unit":
             path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
-            return read_tensor(path, read_header(path)[self.plan.result.base_names[name]])
+            return read_tensor(path, read_header(path)[self.plan.result.base_names[name]]).to(dtype)
         if recipe.rule == "base":
-            return self.plan.inputs.base.read(self.plan.result.base_names[name])
+            return self.plan.inputs.base.read(self.plan.result.base_names[name]).to(dtype)
         assert recipe.config is not None
-        own = self.plan.result.base_names.get(name)
-        if own is None:
-            merged = self.vectors.soup(name, recipe.config)
-        else:
-            dtype = out_dtype(self.plan.inputs, self.plan.result, name, self.plan.dtype)
-            merged = self.vectors.merged(own, recipe.config, dtype)
-        if merged.is_floating_point() and not bool(merged.isfinite().all()):
-            raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
-        return merged
+        if own is not None:
+            return merger.merged(own, recipe.config, dtype)
+        mean = self.vectors.soup(name, recipe.config)
+        check_finite(name, mean)
+        return mean.to(dtype)

@@ -15,6 +15,7 @@ from hf_fda.assembly import BLOCKS, Assembly, CheckpointAssembly
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import InputError, RunError
+from hf_fda.global_trim import GlobalTrim
 from hf_fda.inputs import Source
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.planning import check_disk
@@ -25,6 +26,7 @@ from hf_fda.sharing import check_same, check_shared
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store, key_of
 from hf_fda.taskvectors import TaskVectors, warn_of_equals
+from hf_fda.trimming import trims_globally
 from hf_fda.version import versions
 
 ROWS = "/rows"
@@ -53,7 +55,8 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
             return run(plan, quiet, team)
     team.agree(lambda: check_disk(plan) if team.main else None)
     parts = plan.shards if plan.adapter is None else plan.adapter.targets
-    total = len(plan.constructions) + len(plan.units) + len(parts)
+    counts = 2 * len(plan.shards) if trims_globally(plan.config) else 0
+    total = len(plan.constructions) + len(plan.units) + counts + len(parts)
     with Progress(total, quiet or not team.main) as progress:
         try:
             engine = Engine(plan, progress, team)
@@ -82,6 +85,7 @@ class Engine:
         self.base = plan.inputs.base
         self.store = Store(plan.output)
         self.vectors = TaskVectors(plan.inputs, plan.device, plan.seed)
+        self.trim = GlobalTrim(plan, self.vectors, self.fingerprints)
         kind: type[Assembly] = CheckpointAssembly if plan.adapter is None else AdapterAssembly
         self.assembly = kind(plan, self.vectors, self.fingerprints, lambda unit: self._unit_keys[unit.name])
 
@@ -93,12 +97,19 @@ class Engine:
         self._construct()
         unwritten = [part for part, done in zip(parts, written, strict=True) if not done]
         self._adapt({unit for part in unwritten for unit in self.assembly.units_in(part)})
+        if unwritten and self.trim.shards:
+            self._count(self.trim.coarse_pieces())
+            self._count(self.trim.fine_pieces())
+            self.vectors.cuts = self.trim.cuts()
         self._work_off(writing, written)
         if self.team.main:
             self.assembly.publish(self.store)
         moved = self.team.gather(self.vectors.moved)
         if self.team.main:
             warn_of_equals(moved)
+
+    def _count(self, pieces: Sequence[Piece]) -> None:
+        self._work_off(pieces, find_finished(pieces, self.store, self.team))
 
     def facts(self) -> dict[str, str]:
         """What all processes must see alike, as hashes by what it is."""
@@ -194,7 +205,7 @@ class Engine:
         """The work of adapting one unit."""
         assert isinstance(self.plan.config, FDAConfig)
 
-        def make() -> Callable[[Path], None]:
+        def make() -> Callable[[Path], str]:
             found = [self._anchors_of(source, unit) for source in self.plan.sources_of(unit)]
             adapted = adapted_unit(self.plan, self.builder, self.vectors, unit, found, self.progress)
             return lambda path: save_tensors(path, adapted)

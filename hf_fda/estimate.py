@@ -5,40 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 
+import torch
+
 from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
+from hf_fda.footprint import Footprint
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.recipes import Output
-from hf_fda.tensorwise import PART, by_entry
 
 
 def peak_memory_bytes(
-    inputs: Inputs, config: MethodConfig, units: Sequence[Unit], result: Output, adapter: AdapterPlan | None = None
+    inputs: Inputs,
+    config: MethodConfig,
+    units: Sequence[Unit],
+    result: Output,
+    shards: Sequence[Shard],
+    dtype: torch.dtype | None,
+    adapter: AdapterPlan | None = None,
 ) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
-    stages = [_tensor_stage(inputs, result) if adapter is None else _factor_stage(inputs, adapter)]
+    writing = [Footprint(inputs, result, dtype).peak(shard) for shard in shards]
+    stages = writing if adapter is None else [_factor_stage(inputs, adapter)]
     if isinstance(config, FDAConfig) and units:
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
         stages.append(max(adaptation_bytes(inputs, config, unit) for unit in units))
     read = [adapter_of(own.checkpoint) for own in inputs.weighted]
     return max(stages) + sum(t.nbytes for own in read if own is not None for t in own.files.tensors.values())
-
-
-def _tensor_stage(inputs: Inputs, result: Output) -> int:
-    """One tensor of base and sources in the working type, with the merged one and a decomposition's work space."""
-    count = len(inputs.sources)
-    need = 0
-    for name, recipe in result.recipes.items():
-        entries = prod(result.layout.shapes[name])
-        if recipe.config is None or by_entry(recipe.config, result.layout.roles[name]):
-            need = max(need, entries * 8 + min(entries, PART) * 8 * (count + 3))
-        else:
-            need = max(need, entries * 4 * (3 * count + 8))
-    return need
 
 
 def _factor_stage(inputs: Inputs, adapter: AdapterPlan) -> int:

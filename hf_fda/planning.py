@@ -26,8 +26,9 @@ from hf_fda.notes import notes_of
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import predict
 from hf_fda.provenance import Described, record
-from hf_fda.recipes import Output, decide
+from hf_fda.recipes import Output, decide, out_dtype
 from hf_fda.settings import Settings
+from hf_fda.trimming import refuse_global, trims_globally
 
 
 def plan(
@@ -67,7 +68,8 @@ def plan(
         data: examples by task name, for methods that look at data.
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights: "float32", "bfloat16", "float16", "float64", or "auto" for the base's.
-            The computation is in float32, or float64 where a method works entry by entry.
+            The computation is in float32 where that is precise enough for one source of weight 1 to come out as it
+            is, else in float64.
         seed: of everything random.
         anchors: anchors constructed earlier, by the name of a source that is given as weights.
         heads: "keep" each source's task head beside the merged body, or "merge" heads of one task into one.
@@ -124,6 +126,7 @@ def make_plan(
     _check_apart(settings.output, inputs)
     _check_vocabulary(settings, inputs)
     config = _complete(config, inputs)
+    _check_trim(config, settings, described)
     units = _units(config, inputs)
     result = decide(inputs, config, units, settings.heads, described.at if described is not None else None)
     adapter = None if settings.budget is None else plan_adapter(inputs, result, settings.budget)
@@ -145,7 +148,7 @@ def make_plan(
         seed=settings.seed,
         heads=settings.heads,
         arguments=record(inputs, config, settings, described),
-        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
+        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, shards, settings.torch_dtype, adapter),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
         notes=tuple(notes_of(inputs, config, result, adapter)),
         adapter=adapter,
@@ -219,6 +222,18 @@ def _check_apart(output: Path, inputs: Inputs) -> None:
             raise InputError(f"output '{output}' is {name} itself; choose another folder")
 
 
+def _check_trim(config: MethodConfig, settings: Settings, described: Described | None) -> None:
+    """Refuse a trim over whole task vectors where blocks, adapters or tensors are merged by rules of their own."""
+    if settings.budget is not None:
+        refuse_global(config, "adapters")
+    if described is not None and {"density", "trim"} & set(described.varying) and trims_globally(config):
+        raise InputError(f"method '{config.name}': trim='global' needs one density for all tensors")
+    if isinstance(config, FDAConfig):
+        for own in (config.initial, config.rest):
+            if isinstance(own, MethodConfig):
+                refuse_global(own, "method 'fda'")
+
+
 def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
     """The config with the weights in the order of the sources and every open option filled in."""
     names = [source.name for source in inputs.sources]
@@ -252,9 +267,12 @@ def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:
 def _groups(
     inputs: Inputs, result: Output, dtype: torch.dtype | None
 ) -> list[tuple[tuple[str, ...], dict[str, TensorSpec]]]:
-    """Groups of output tensors with what they become on disk, from meta tensors."""
+    """Groups of output tensors in the order in which the base is read, with what they become on disk, from meta
+    tensors."""
+    order = {name: number for number, name in enumerate(inputs.base.disk_order)}
+    in_memory = {name: order.get(result.base_names.get(name, ""), len(order)) for name in result.recipes}
     groups = []
-    for names in result.layout.save_groups(result.recipes):
+    for names in result.layout.save_groups(sorted(result.recipes, key=in_memory.__getitem__)):
         meta = {
             name: torch.empty(result.layout.shapes[name], dtype=out_dtype(inputs, result, name, dtype), device="meta")
             for name in names
@@ -262,10 +280,3 @@ def _groups(
         on_disk = result.layout.to_disk(meta)
         groups.append((names, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in on_disk.items()}))
     return groups
-
-
-def out_dtype(inputs: Inputs, result: Output, name: str, dtype: torch.dtype | None) -> torch.dtype:
-    """The type an output tensor is written in: whole numbers keep theirs."""
-    own = result.base_names.get(name)
-    stored = inputs.base.dtype(own) if own is not None else inputs.weighted[0].checkpoint.dtype(name)
-    return dtype if dtype is not None and stored.is_floating_point else stored

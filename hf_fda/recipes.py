@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.layout import ModelLayout
@@ -117,3 +119,10 @@ def _output_layout(inputs: Inputs, sources: Sequence[AlignedSource]) -> tuple[Mo
                 f"'{source.name}' does not have the same; merge sources of one class"
             )
     return first.checkpoint.layout, {theirs: own for own, theirs in first.tensor_of.items()}
+
+
+def out_dtype(inputs: Inputs, result: Output, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The type an output tensor is written in: whole numbers keep theirs."""
+    own = result.base_names.get(name)
+    stored = inputs.base.dtype(own) if own is not None else inputs.weighted[0].checkpoint.dtype(name)
+    return dtype if dtype is not None and stored.is_floating_point else stored

@@ -17,14 +17,15 @@ class Piece:
     """A piece of work that ends in one recorded file.
 
     `label` says what it is; `file` is made, under the key `key`; `cost` is compared with that of other pieces only;
-    `make` does the work and gives what writes the file. It is also finished where the same lies in `elsewhere`.
+    `make` does the work and gives what writes the file and says its SHA-256. It is also finished where the same lies in
+    `elsewhere`.
     """
 
     label: str
     file: str
     key: str
     cost: float
-    make: Callable[[], Callable[[Path], None]]
+    make: Callable[[], Callable[[Path], str]]
     elsewhere: tuple[str, ...] = ()
 
     def finished(self, store: Store) -> bool:

@@ -66,8 +66,13 @@ class Store:
             return False
         return digest(path) == known.get("sha256")
 
-    def write(self, name: str, key: str, writer: Callable[[Path], None]) -> Path:
+    def write(self, name: str, key: str, writer: Callable[[Path], str]) -> Path:
         """Make one file: `writer` fills a temporary file, which then takes its name and is recorded.
+
+        Args:
+            name: the file.
+            key: of everything that determines it.
+            writer: fills the file at a path and says the SHA-256 of what it wrote.
 
         Raises:
             RunError: when the disk is full or cannot be written.
@@ -78,8 +83,8 @@ class Store:
             for parent in (path.parent, record.parent, temporary.parent):
                 parent.mkdir(parents=True, exist_ok=True)
             record.unlink(missing_ok=True)
-            writer(temporary)
-            facts = {"key": key, "size": temporary.stat().st_size, "sha256": digest(temporary)}
+            written = writer(temporary)
+            facts = {"key": key, "size": temporary.stat().st_size, "sha256": written}
             _flush(temporary)
             os.replace(temporary, path)
             partial = self._partial(f"{name}.json")

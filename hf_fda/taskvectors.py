@@ -1,21 +1,53 @@
-"""Task vectors tensor by tensor: read from base and sources, merged by a parameter-space method, and forgotten."""
+"""Task vectors tensor by tensor, or part of a tensor by part: read from base and sources."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.errors import RunError
 from hf_fda.inputs import Inputs
 from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.progress import logger
 from hf_fda.randomness import random_stream
-from hf_fda.tensorwise import PART, apply_method, apply_to_factors, by_entry
+from hf_fda.selection import Cut
+from hf_fda.tensorwise import BLOCK, apply_method, apply_to_factors, parts_of
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """Part of a tensor, flat, on the CPU: the base's entries and each source's (None: it has no such tensor).
+
+    `differ` says of each source whether it is its entries, in their stored type, or its task vector that is held.
+    """
+
+    base: Tensor
+    own: list[Tensor | None]
+    differ: list[bool]
+
+    def blocks(self) -> list[slice]:
+        """The part in pieces that are computed with at a time."""
+        return parts_of(len(self.base), BLOCK)
+
+    def read(self, block: slice, device: torch.device, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """theta_0 and K task tensors of a block, on the device, in the type to compute in."""
+        base = self.base[block].to(device, work, copy=True)
+        return base, [self._difference(number, block, base) for number in range(len(self.own))]
+
+    def task(self, number: int, block: slice, device: torch.device, work: torch.dtype) -> Tensor:
+        """One source's task tensor of a block, as `read`."""
+        return self._difference(number, block, self.base[block].to(device, work, copy=True))
+
+    def _difference(self, number: int, block: slice, base: Tensor) -> Tensor:
+        own = self.own[number]
+        if own is None:
+            return torch.zeros_like(base)
+        task = own[block].to(base.device, base.dtype, copy=True)
+        return task.sub_(base) if self.differ[number] else task
 
 
 class TaskVectors:
@@ -30,60 +62,51 @@ class TaskVectors:
     def __init__(self, inputs: Inputs, device: torch.device, seed: int = 0) -> None:
         self.inputs, self.base, self.device, self.seed = inputs, inputs.base, device, seed
         self.moved: dict[str, bool] = {}
+        self.cuts: Sequence[Cut] = ()
+        """For methods that trim whole task vectors, which entries of each source stay, once that is known."""
 
-    def read(self, name: str, work: torch.dtype, part: slice | None = None) -> tuple[Tensor, list[Tensor]]:
+    def read(self, name: str, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the sources' task tensors, on the device.
 
         Args:
             name: the base's name of it.
             work: the type to compute in.
-            part: only these of its flattened entries.
 
         Returns:
             theta_0 and K task tensors of its shape; a source that lacks the tensor has zeros.
         """
-        base = self.base.read(name, part).to(self.device, work)
-        return base, [self._task(source, name, base, part) for source in self.inputs.weighted]
+        base = self.base.read(name).to(self.device, work)
+        return base, [self._task(source, name, base) for source in self.inputs.weighted]
 
-    def _task(self, source: AlignedSource, name: str, base: Tensor, part: slice | None) -> Tensor:
+    def _task(self, source: AlignedSource, name: str, base: Tensor) -> Tensor:
         if name not in source.tensor_of:
             return torch.zeros_like(base)
-        task = source.task(name, base, part)
+        task = source.task(name, base)
         self.note_move(source.name, lambda: bool(task.any()))
         return task
 
-    def merged(self, name: str, config: MethodConfig, dtype: torch.dtype) -> Tensor:
-        """One of the base's tensors merged by a parameter-space method.
-
-        Where entries do not depend on each other, a large tensor is read and merged in parts of bounded size.
+    def stored(self, name: str, part: slice) -> StoredPart:
+        """Part of a tensor of base and sources as it is read, on the CPU, to be computed with later.
 
         Args:
             name: the base's name of it.
-            config: the method.
-            dtype: of the result, where it is merged in parts.
-
-        Returns:
-            theta_0 plus the merged task tensor, on the CPU.
-
-        Raises:
-            RunError: naming source and tensor, when a matrix method meets what is not finite.
+            part: of its flattened entries.
         """
-        if not self.base.dtype(name).is_floating_point:
-            return self.base.read(name)
-        role, shape = self.base.layout.roles[name], self.base.shape(name)
-        if not by_entry(config, role):
-            base, tasks = self.read(name, torch.float32)
-            for source, task in zip(self.inputs.weighted, tasks, strict=True):
-                if not bool(task.isfinite().all()):
-                    raise RunError(f"source '{source.name}': tensor '{name}' is not finite; check its weights")
-            return (base + apply_method(config, base, tasks, role, self.generator(name))).cpu()
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        merged, generator = torch.empty(prod(shape), dtype=dtype), self.generator(name)
-        for start in range(0, len(merged), PART):
-            part = slice(start, min(start + PART, len(merged)))
-            base, tasks = self.read(name, exact, part)
-            merged[part] = base.add_(config.merge(base, tasks, generator))
-        return merged.view(shape)
+        base = self.base.read(name, part)
+        own: list[Tensor | None] = []
+        for source in self.inputs.weighted:
+            if name not in source.tensor_of:
+                own.append(None)
+            elif source.checkpoint.stored:
+                own.append(source.read(name, part))
+            else:
+                own.append(source.task(name, base.to(torch.promote_types(base.dtype, torch.float32)), part))
+        return StoredPart(base, own, [source.checkpoint.stored for source in self.inputs.weighted])
+
+    def in_parts(self, name: str) -> bool:
+        """Whether base and sources are read in parts, by several threads at once."""
+        sources = (source for source in self.inputs.weighted if name in source.tensor_of)
+        return self.base.in_parts(name) and all(source.in_parts(name) for source in sources)
 
     def merged_factors(self, name: str, config: MethodConfig) -> LowRank | None:
         """The merged task vector of a tensor as thin factors, on the CPU, where it comes out as such without being
@@ -119,13 +142,13 @@ class TaskVectors:
         tensors = [source.checkpoint.read(name).double() for source in self.inputs.weighted]
         return config.merge(torch.zeros_like(tensors[0]), tensors)
 
-    def generator(self, name: str) -> torch.Generator:
-        """The random stream of one of the base's tensors."""
-        return random_stream(self.seed, "merge", name)
+    def generator(self, name: str, part: int | None = None) -> torch.Generator:
+        """The random stream of one of the base's tensors, or of a part of it."""
+        return random_stream(self.seed, "merge", name if part is None else f"{name}/{part}")
 
-    def note_move(self, source: str, moved: Callable[[], bool]) -> None:
+    def note_move(self, source: str, moved: Callable[[], bool | Tensor]) -> None:
         """Remember whether a source was seen to differ from the base; asks no more once it was."""
-        self.moved[source] = self.moved.get(source, False) or moved()
+        self.moved[source] = self.moved.get(source, False) or bool(moved())
 
 
 def warn_of_equals(moved: Sequence[Mapping[str, bool]]) -> None:

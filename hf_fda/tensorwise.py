@@ -11,8 +11,21 @@ from hf_fda.checkpoint.layout import Role
 from hf_fda.lowrank import LowRank, add
 from hf_fda.merge_methods import MethodConfig
 
-PART = 2**20
-"""Entries of a large tensor that are merged at a time where entries do not depend on each other."""
+PART = 2**21
+"""Entries of a large tensor that are read at a time."""
+
+BLOCK = 2**17
+"""Entries that are computed at a time: all that their merge needs lies in a core's cache. Random numbers are drawn
+block by block, so that another number means others."""
+
+
+def parts_of(count: int, size: int = PART) -> list[slice]:
+    """So many entries in parts.
+
+    >>> parts_of(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def by_entry(config: MethodConfig, role: Role) -> bool:

@@ -1,6 +1,6 @@
 """Measure the peak memory of merges of random Llama-shaped checkpoints as the number of layers grows.
 
-    python examples/benchmarks/memory.py [--work DIR] [--layers 4 8 16] [--hidden 1024]
+    python examples/benchmarks/memory.py [--work DIR] [--layers 4 8 16] [--hidden 1024] [--methods ties ...]
 
 Each merge runs in a process of its own (on Linux). Printed: the peak of that process above what it held before the
 merge, the plan's estimate of the same, and beside them what holding the base and all sources whole would take.
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 METHODS: dict[str, dict[str, Any]] = {
+    "linear": {},
     "task_arithmetic": {},
+    "ties": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
     "tsv": {},
     "fda from base": {"method": "fda", "num_anchors": 256, "steps": 3, "epochs": 1},
     "fda from tsv": {"method": "fda", "initial": "tsv", "num_anchors": 256, "steps": 3, "epochs": 1},
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--sources", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
 
@@ -84,9 +88,9 @@ def main() -> None:
             making.start()
             making.join()
         whole = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
-        for name, arguments in METHODS.items():
+        for name in options.methods:
             queue: Any = context.Queue()
-            given = arguments if "method" in arguments else {"method": name}
+            given = {"method": name, **METHODS[name]}
             output = options.work / "merged"
             merging = context.Process(target=measure, args=(queue, folders[0], folders[1:], output, given))
             merging.start()

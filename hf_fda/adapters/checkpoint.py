@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ class AdapterCheckpoint:
         InputError: when the adapter does not fit the base.
     """
 
+    stored = False
+    """As `Checkpoint.stored`: what an adapter adds is known better than the rounded sum."""
     unexpected: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
@@ -55,7 +58,7 @@ class AdapterCheckpoint:
         self._base_name = {own: name for name, own in known.items()}
         self.names = tuple(name for name in self.layout.names if name in self._base_name or name in self.changes)
         self._check_shapes()
-        self._dense: tuple[str, Tensor] | None = None
+        self._own_dense = threading.local()
 
     @property
     def config(self) -> PretrainedConfig:
@@ -92,10 +95,23 @@ class AdapterCheckpoint:
             return change.task(base).clone()
         if not change.needs_base and (thin := change.factors(None)) is not None:
             return thin.to(base.device, base.dtype).part(part)
-        if self._dense is None or self._dense[0] != name:  # the parts of one tensor are asked for in turn
+        dense: tuple[str, Tensor] | None = getattr(self._own_dense, "task", None)
+        if dense is None or dense[0] != name:  # the parts of one tensor are asked for in turn
             whole = self.base.read(self._base_name[name]).to(base.device, base.dtype)
-            self._dense = (name, change.task(whole).flatten())
-        return self._dense[1][part].clone()
+            dense = self._own_dense.task = (name, change.task(whole).flatten())
+        return dense[1][part].clone()
+
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`: where it is the base's own, or parts of a thin product."""
+        if name in self.changes:
+            change = self.changes[name]
+            return not change.needs_base and change.factors(None) is not None
+        return self.base.in_parts(self._base_name[name])
+
+    @property
+    def disk_order(self) -> tuple[str, ...]:
+        """As `Checkpoint.disk_order`: any order is as good."""
+        return self.names
 
     def may_move(self, name: str) -> bool:
         """Whether the adapter changes a tensor."""

@@ -52,15 +52,15 @@ def unit_file(unit: str) -> str:
     return f"blocks/{unit}.safetensors"
 
 
-def write_unit(path: Path, unit: UnitAnchors) -> None:
-    """Write one unit's anchors and targets; loss, steps and cosines go into the file's header."""
+def write_unit(path: Path, unit: UnitAnchors) -> str:
+    """Write one unit's anchors and targets; loss, steps and cosines go into the file's header. The file's SHA-256."""
     metadata = {
         "loss": repr(unit.loss),
         "steps": str(unit.steps),
         "cosines": json.dumps(unit.cosines),
         "left_out": json.dumps(unit.left_out),
     }
-    save_tensors(path, {"anchors": unit.anchors, "targets": unit.targets}, metadata)
+    return save_tensors(path, {"anchors": unit.anchors, "targets": unit.targets}, metadata)
 
 
 def read_unit(path: Path) -> UnitAnchors:
@@ -171,7 +171,7 @@ class Construction:
         """
         what = f"construct {self.source.name} {unit.name}"
 
-        def make() -> Callable[[Path], None]:
+        def make() -> Callable[[Path], str]:
             anchors = self.builder.build(self.source, unit, lambda step, loss: progress.now(what, loss))
             if anchors.left_out:
                 logger.debug("%s: no gradient or no task vector for %s", what, ", ".join(anchors.left_out))

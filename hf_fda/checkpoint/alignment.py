@@ -39,6 +39,10 @@ class AlignedSource:
         """The source's task vector for one of the base's tensors, as `Checkpoint.task`."""
         return self.checkpoint.task(self.tensor_of[base_name], base, part)
 
+    def in_parts(self, base_name: str) -> bool:
+        """Whether parts of its tensor for one of the base's are read without all of it."""
+        return self.checkpoint.in_parts(self.tensor_of[base_name])
+
     def may_move(self, base_name: str) -> bool:
         """Whether the source may differ from the base in a tensor."""
         return base_name in self.tensor_of and self.checkpoint.may_move(self.tensor_of[base_name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -63,6 +64,20 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def in_parts(self, name: str) -> bool:
+        """Whether parts of a tensor, or of its task vector, are read without all of it; several threads may do that."""
+        ...
+
+    @property
+    def stored(self) -> bool:
+        """Whether task vectors are differences of what is read."""
+        ...
+
+    @property
+    def disk_order(self) -> Sequence[str]:
+        """The names in the order in which their tensors are best read."""
+        ...
+
     def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
         """The task vector of one tensor.
 
@@ -95,6 +110,18 @@ class Checkpoint(Protocol):
 
 class ReadCheckpoint(ABC):
     """A checkpoint whose task vectors are differences of what is read."""
+
+    names: tuple[str, ...]
+
+    @property
+    def stored(self) -> bool:
+        """As `Checkpoint.stored`: they are."""
+        return True
+
+    @property
+    def disk_order(self) -> Sequence[str]:
+        """As `Checkpoint.disk_order`: any order is as good."""
+        return self.names
 
     @abstractmethod
     def read(self, name: str, part: slice | None = None) -> Tensor:
@@ -148,7 +175,7 @@ class FileCheckpoint(ReadCheckpoint):
         self._group_of = {name: group for group in groups for name in group.memory}
         self.names = tuple(name for name in self.layout.names if name in self._group_of)
         self._check_shapes()
-        self._converted: dict[str, Tensor] = {}
+        self._own = threading.local()
         self._headers: dict[str, dict[str, TensorEntry]] = {}
 
     @property
@@ -174,12 +201,24 @@ class FileCheckpoint(ReadCheckpoint):
         group = self._group_of[name]
         if group.converter is None:
             return self._read_disk(group.disk[0], part)
-        if part is not None:
-            return self.read(name).flatten()[part]
-        if name not in self._converted:
+        converted: dict[str, Tensor] = getattr(self._own, "converted", {})
+        if name not in converted:
             tensors = {disk: self._read_disk(disk) for disk in group.disk}
-            self._converted = group.to_memory(tensors, self.layout.model)
-        return self._converted.pop(name).contiguous()  # its siblings are usually asked for next
+            converted = self._own.converted = group.to_memory(tensors, self.layout.model)
+        if part is not None:
+            whole = converted[name] = converted[name].contiguous()  # its other parts are usually asked for next
+            return whole.view(-1)[part].clone()
+        return converted.pop(name).contiguous()  # and so are its siblings
+
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`: where the tensor lies in the file as it is."""
+        return self._group_of[name].converter is None
+
+    @property
+    def disk_order(self) -> Sequence[str]:
+        """As `Checkpoint.disk_order`: as they lie in the files."""
+        places = {name: self._entries[self._group_of[name].disk[0]] for name in self.names}
+        return sorted(self.names, key=lambda name: (places[name][0], places[name][1].start))
 
     def fingerprint(self) -> str:
         """A hash that changes when the weights do."""
@@ -254,6 +293,15 @@ class ModelCheckpoint(ReadCheckpoint):
         """One tensor, copied to the CPU, as `Checkpoint.read`."""
         tensor = self._state[name].detach()
         return (tensor if part is None else tensor.flatten()[part]).to("cpu", copy=True).contiguous()
+
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`."""
+        return True
+
+    @property
+    def disk_order(self) -> list[str]:
+        """The names in the model's order."""
+        return list(self.names)
 
     def fingerprint(self) -> str:
         """A hash of the weights themselves."""

@@ -75,6 +75,20 @@ class RowView(ReadCheckpoint):
         entries = self._between(name, start, -(-last // width)).flatten()
         return entries[first - start * width : last - start * width]
 
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`: row by row where the checkpoint is."""
+        return self._axes.get(name, 0) == 0 and self.inner.in_parts(name)
+
+    @property
+    def stored(self) -> bool:
+        """As `Checkpoint.stored`."""
+        return self.inner.stored
+
+    @property
+    def disk_order(self) -> Sequence[str]:
+        """As `Checkpoint.disk_order`."""
+        return self.inner.disk_order
+
     def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
         """As `Checkpoint.task`."""
         return super().task(name, base, part) if name in self._axes else self.inner.task(name, base, part)

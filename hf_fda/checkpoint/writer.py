@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from hf_fda.checkpoint.hashed import HashedFile
 from hf_fda.checkpoint.header import DTYPE_NAMES
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -32,6 +33,8 @@ class TensorSpec:
 
 class SafetensorsWriter:
     """One safetensors file, in the format's own layout, never held in memory.
+
+    When it is closed, `digest` is the SHA-256 of its bytes.
 
     Args:
         path: the file to make.
@@ -61,9 +64,9 @@ class SafetensorsWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._data = 8 + len(encoded)
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.truncate(self._data + offset)
+        self.digest = ""
+        self._file = HashedFile(path, self._data + offset)
+        self._file.write(0, len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor (any device; cast to the promised type).
@@ -76,8 +79,7 @@ class SafetensorsWriter:
             raise ValueError(f"tensor '{name}' {tuple(tensor.shape)} was promised as {spec.shape}, once")
         self._missing.remove(name)
         flat = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1)
-        self._file.seek(self._data + self._start[name])
-        self._file.write(flat.view(torch.uint8).numpy().data)
+        self._file.write(self._data + self._start[name], flat.view(torch.uint8).numpy().data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -85,17 +87,21 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is None and self._missing:
-            raise ValueError(f"tensors promised and not written: {sorted(self._missing)}")
+        try:
+            if kind is None and self._missing:
+                raise ValueError(f"tensors promised and not written: {sorted(self._missing)}")
+            self.digest = self._file.digest() if kind is None else ""
+        finally:
+            self._file.close()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a few tensors that are already in memory."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a few tensors that are already in memory; the SHA-256 of the file."""
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, specs, metadata) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
+    return file.digest
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,14 @@ def option(
 
 
 Scope = Literal["entry", "tensor", "matrix"]
+Trim = Literal["tensor", "global"]
+
+
+def trim_option() -> Any:
+    """The field that says of what the largest entries stay."""
+    return option(
+        "tensor", "what density is a fraction of: each tensor, or a source's whole task vector, as in the paper"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,8 @@ class MethodConfig:
     give back theta_1 bit for bit), every tensor whatever it is, or every matrix (and of all else the mean is taken)."""
     random: ClassVar[bool] = False
     """Whether `merge` takes a generator of random numbers."""
+    trims: ClassVar[bool] = False
+    """Whether `merge` trims every task tensor to its `density` largest entries, and then merges entry by entry."""
     rotates: ClassVar[bool] = False
     """Merging matrices in other orthonormal bases is the same as merging them and changing the bases then, and of the
     base only the shape counts. Thin task vectors are merged in the bases of what they span."""
@@ -121,6 +131,15 @@ class MethodConfig:
                 f"method '{self.name}' merges {bounds} source{'' if bounds == '1' else 's'}, not {count}; "
                 "leave some out, add some, or choose another method"
             )
+
+    def keeps_entries(self) -> bool:
+        """Whether every entry of a source counts. Then one source of weight 1 comes out bit for bit, at any precision
+        that is needed for it; where entries are left out, float32 is precise enough."""
+        return all(share == 1 for share in numbers(getattr(self, "density", 1.0)))
+
+    def untrimmed(self) -> MethodConfig:
+        """The method for task tensors of which only the entries that stay are left; of a config that trims."""
+        return dataclasses.replace(self, density=1.0)  # type: ignore[call-arg]
 
     def merge(self, base: Tensor, tasks: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """The merged task tensor of one tensor. Pure: no argument is changed, but for the generator's state.

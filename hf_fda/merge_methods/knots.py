@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hf_fda.merge_methods.config import Scope
 from hf_fda.merge_methods.registry import register
-from hf_fda.merge_methods.ties import TIESConfig
+from hf_fda.merge_methods.ties import ElectionConfig
 from hf_fda.tensors import agreeing_mean, mean, numerical_rank, svd, weighted
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnOTSConfig(TIESConfig):
+class KnOTSConfig(ElectionConfig):
     """Options of `knots`."""
 
     name: ClassVar[str] = "knots"

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_fda.merge_methods.config import Scope, TaskVectorConfig, option
+from hf_fda.merge_methods.config import Scope, TaskVectorConfig, Trim, option, trim_option
 from hf_fda.merge_methods.per_source import PerSource
 from hf_fda.merge_methods.registry import register
 from hf_fda.tensors import total, trim, weighted
@@ -22,10 +22,12 @@ class MagnitudePruneConfig(TaskVectorConfig):
     summary: ClassVar[str] = "sum of the largest entries of every task vector"
     paper: ClassVar[str] = "PEFT's combination of that name; trimmed as in TIES-Merging, arXiv 2306.01708"
     scope: ClassVar[Scope] = "tensor"
+    trims: ClassVar[bool] = True
 
     density: PerSource = option(
         1.0, "fraction of each tensor's entries to keep, the largest", minimum=0, maximum=1, per_source=True
     )
+    trim: Trim = trim_option()
 
 
 @register(MagnitudePruneConfig)

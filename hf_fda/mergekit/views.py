@@ -57,6 +57,15 @@ class View(ReadCheckpoint):
         """One tensor on the CPU, as `Checkpoint.read`."""
         return self.origin.read(name, part)
 
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`."""
+        return self.origin.in_parts(name)
+
+    @property
+    def disk_order(self) -> Sequence[str]:
+        """As `Checkpoint.disk_order`."""
+        return self.origin.disk_order
+
     def fingerprint(self) -> str:
         """A hash that changes when the weights do."""
         return hashlib.sha256(f"{type(self).__name__} {self.origin.fingerprint()}".encode()).hexdigest()
@@ -157,6 +166,11 @@ class Stacked(ReadCheckpoint):
         """One tensor on the CPU, as `Checkpoint.read`."""
         checkpoint, own = self._place[name]
         return checkpoint.read(own, part)
+
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`."""
+        checkpoint, own = self._place[name]
+        return checkpoint.in_parts(own)
 
     def fingerprint(self) -> str:
         """A hash that changes when the weights, or the choice of layers, do."""

@@ -1,0 +1,68 @@
+"""What tensors need in memory while a weight file is made of them: the engine keeps to it, and the plan states it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from hf_fda.checkpoint.writer import Shard
+from hf_fda.inputs import Inputs
+from hf_fda.recipes import Output, out_dtype
+from hf_fda.tensorwise import BLOCK, PART, by_entry
+from hf_fda.trimming import trims
+from hf_fda.workers import most_held
+
+AHEAD_BYTES = 2**29
+"""Bytes that the tensors which are made at a time hold together; a single larger one is made alone."""
+
+AROUND = 2**26
+"""Bytes that threads, buffers and fragments take beside the tensors."""
+
+
+class Footprint:
+    """Bytes of memory by output tensor.
+
+    Args:
+        inputs: base and sources.
+        result: the recipes.
+        dtype: of what is written; None: the base's.
+    """
+
+    def __init__(self, inputs: Inputs, result: Output, dtype: torch.dtype | None) -> None:
+        self.inputs, self.result, self.dtype = inputs, result, dtype
+
+    def of(self, name: str) -> int:
+        """Bytes that a tensor holds from when it is begun until it is written."""
+        result, sources = self.result, self.inputs.weighted
+        recipe, own, entries = result.recipes[name], result.base_names.get(name), prod(result.layout.shapes[name])
+        written = entries * out_dtype(self.inputs, result, name, self.dtype).itemsize
+        if recipe.rule == "unit":
+            return written + entries * 4
+        if own is None:
+            return written + entries * 8 * (len(sources) + 3)
+        read = self.read_bytes(own)
+        if recipe.config is None:
+            return written + entries * self.inputs.base.dtype(own).itemsize
+        if not recipe.config.trims and not by_entry(recipe.config, result.layout.roles[name]):
+            return written + entries * 4 * (3 * len(sources) + 8)
+        whole = [source for source in sources if own in source.tensor_of and not source.in_parts(own)]
+        converted = 2 * read if whole or not self.inputs.base.in_parts(own) else 0
+        return written + converted + (read if trims(recipe.config) else 0)
+
+    def read_bytes(self, own: str) -> int:
+        """Bytes of one of the base's tensors in base and sources, as they are stored."""
+        there = [source.dtype(own) for source in self.inputs.weighted if own in source.tensor_of]
+        return prod(self.inputs.base.shape(own)) * sum(
+            dtype.itemsize for dtype in (self.inputs.base.dtype(own), *there)
+        )
+
+    def peak(self, shard: Shard) -> int:
+        """The most bytes that are held at once while a weight file is made: tensors on their way, the one that was
+        written last, and what each thread computes with.
+        """
+        count, models = torch.get_num_threads(), len(self.inputs.weighted) + 1
+        largest = max(spec.nbytes for spec in shard.specs.values())
+        sizes = [sum(map(self.of, group)) for group in shard.groups]
+        each = models * PART * 4 + BLOCK * 8 * (3 * models + 4)
+        return most_held(sizes, AHEAD_BYTES, count) + largest + count * each + AROUND

@@ -1,0 +1,243 @@
+"""Merging one tensor of a model by a parameter-space method, in parts that need little memory wherever it goes.
+
+A mean of models is summed from their entries. What depends on single entries is merged block by block. Of what is
+trimmed first the parts are held as they were read until it is known which entries stay. All else is merged whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import fsum, prod
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_fda.errors import RunError
+from hf_fda.merge_methods import MethodConfig
+from hf_fda.selection import Cut, keep, shares, tied
+from hf_fda.taskvectors import StoredPart, TaskVectors
+from hf_fda.tensorwise import BLOCK, PART, apply_method, by_entry, parts_of
+from hf_fda.trimming import check_counts, count_coarse, cuts_of_parts, kept_of, trims
+from hf_fda.workers import Workers
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+Factors = list[tuple[int, float]]
+"""Sources, by their number, with what each is multiplied by."""
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
+MARGIN = 2**10
+"""How much larger than its result a float32 sum may grow on the way for rounding to a half type to hide its errors."""
+
+LARGE = 2**24
+"""Entries from which on a tensor that is merged whole has all threads for itself; smaller ones have one each."""
+
+
+class TensorMerger:
+    """Merges the base's tensors one by one; several threads may ask at once.
+
+    Args:
+        vectors: reads base and sources.
+        workers: the threads that compute.
+    """
+
+    def __init__(self, vectors: TaskVectors, workers: Workers) -> None:
+        self.vectors, self.workers = vectors, workers
+        self.sources = vectors.inputs.weighted
+        self.device = vectors.device
+        self._exact = torch.float32 if self.device.type == "mps" else torch.float64
+
+    def merged(self, name: str, config: MethodConfig, dtype: torch.dtype) -> Tensor:
+        """One of the base's tensors merged by a parameter-space method.
+
+        Args:
+            name: the base's name of it.
+            config: the method.
+            dtype: of the result.
+
+        Returns:
+            theta_0 plus the merged task tensor, on the CPU.
+
+        Raises:
+            RunError: naming the tensor, and the source if it is one, when inputs or result are not finite.
+        """
+        base = self.vectors.base
+        if not base.dtype(name).is_floating_point or not prod(base.shape(name)):
+            return base.read(name)
+        shape, role = base.shape(name), base.layout.roles[name]
+        factors = mean_of_models(self.vectors, name, config, dtype)
+        if factors is None and not config.trims and not by_entry(config, role):
+            return self._whole(name, config).to(dtype)
+        out = torch.empty(prod(shape), dtype=dtype)
+        if factors is not None:
+            self._over(name, parts_of(len(out)), lambda part: self._combine(name, factors, part, out))
+        elif trims(config) and not self.vectors.cuts:
+            count = len(out) // shape[0] if role == "stack" else len(out)  # each weight of a stack is trimmed alone
+            for region in parts_of(len(out), count):
+                self._trim_and_merge(name, config, region, out)
+        else:
+            cuts = self.vectors.cuts if trims(config) else ()
+            self._over(name, parts_of(len(out)), lambda part: self._merge_part(name, config, part, out, cuts))
+        return out.view(shape)
+
+    def _over(self, name: str, parts: Sequence[S], function: Callable[[S], T]) -> list[T]:
+        """`function` of every part, side by side; one after the other where that reads the whole tensor."""
+        return list(self.workers.each(function, parts) if self.vectors.in_parts(name) else map(function, parts))
+
+    # -- means of models -------------------------------------------------------------------------------------------
+
+    def _combine(self, name: str, factors: Factors, part: slice, out: Tensor) -> None:
+        """Sum part of the models, each times its factor, into `out`."""
+        models = [self.sources[number].read(name, part) for number, _ in factors]
+        for (number, _), model in zip(factors, models, strict=True):
+            self.vectors.note_move(self.sources[number].name, partial(self._differs, name, part, model))
+        growth = (len(factors) + 1) * fsum(abs(factor) for _, factor in factors)
+        narrow = all(model.dtype in HALF_TYPES for model in (*models, out)) and growth <= MARGIN
+        total = torch.empty(0)
+        for block in parts_of(part.stop - part.start, BLOCK):
+            for number, (_, factor) in enumerate(factors):
+                model = models[number][block].to(self.device)
+                if number:
+                    total.add_(model, alpha=factor)
+                else:
+                    total = model.to(torch.float32 if narrow else self._exact, copy=True).mul_(factor)
+            out[part][block] = total
+        check_finite(name, out[part])
+
+    def _differs(self, name: str, part: slice, own: Tensor) -> bool:
+        return bool((own != self.vectors.base.read(name, part)).any())
+
+    # -- entry by entry --------------------------------------------------------------------------------------------
+
+    def _merge_part(
+        self,
+        name: str,
+        config: MethodConfig,
+        part: slice,
+        out: Tensor,
+        cuts: Sequence[Cut] = (),
+        stored: StoredPart | None = None,
+    ) -> None:
+        """Merge part of a tensor entry by entry into `out`.
+
+        Args:
+            name: the base's name of it.
+            config: the method.
+            part: of its flattened entries.
+            out: the whole merged tensor, flat.
+            cuts: which entries of each source stay; none: the config trims nothing.
+            stored: the part as it was read, if it was.
+        """
+        stored = stored or self.vectors.stored(name, part)
+        config = config.untrimmed() if cuts else config
+        generator = self.vectors.generator(name, part.start // PART) if config.random else None
+        wide = torch.float64 in (stored.base.dtype, out.dtype) or config.keeps_entries()
+        work = self._exact if wide and not cuts else torch.float32
+        for block in stored.blocks():
+            base, tasks = stored.read(block, self.device, work)
+            for source, task in zip(self.sources, tasks, strict=True):
+                self.vectors.note_move(source.name, task.any)
+            if cuts:
+                own, cuts = dealt(cuts, tasks)
+                tasks = [keep(task, cut) for task, cut in zip(tasks, own, strict=True)]
+            out[part][block] = base.add_(config.merge(base, tasks, generator))
+        check_finite(name, out[part])
+
+    # -- trimmed, then entry by entry ------------------------------------------------------------------------------
+
+    def _trim_and_merge(self, name: str, config: MethodConfig, region: slice, out: Tensor) -> None:
+        """Merge a region of a tensor of which each source keeps its largest entries."""
+        parts = [slice(region.start + own.start, region.start + own.stop) for own in parts_of(len(out[region]))]
+        read = self._over(name, parts, lambda part: self._read_and_count(name, part))
+        held, counts = [stored for stored, _ in read], torch.stack([counted for _, counted in read]).sum(0)
+        check_counts(counts, [source.name for source in self.sources], f"tensor '{name}'")
+        kept = kept_of(config, [len(out[region])] * len(self.sources))
+        cuts = cuts_of_parts(held, counts, kept, self.device, lambda do, items: list(self.workers.each(do, items)))
+        merge = partial(self._merge_part, name, config)
+        list(self.workers.each(lambda number: merge(parts[number], out, cuts[number], held[number]), range(len(parts))))
+
+    def _read_and_count(self, name: str, part: slice) -> tuple[StoredPart, Tensor]:
+        stored = self.vectors.stored(name, part)
+        return stored, count_coarse(stored, self.device)
+
+    # -- whole -----------------------------------------------------------------------------------------------------
+
+    def _whole(self, name: str, config: MethodConfig) -> Tensor:
+        """Merge a whole tensor in float32; small ones beside each other."""
+        base, tasks = self.vectors.read(name, torch.float32)
+        for source, task in zip(self.sources, tasks, strict=True):
+            if not is_finite(task):
+                raise RunError(f"source '{source.name}': tensor '{name}' is not finite; check its weights")
+
+        def merge() -> Tensor:
+            role = self.vectors.base.layout.roles[name]
+            with threads(self.workers.count if base.numel() >= LARGE else 1):
+                return (base + apply_method(config, base, tasks, role, self.vectors.generator(name))).cpu()
+
+        merged = self.workers.compute(merge)
+        check_finite(name, merged)
+        return merged
+
+
+def mean_of_models(vectors: TaskVectors, name: str, config: MethodConfig, dtype: torch.dtype) -> Factors | None:
+    """``theta_0 + sum_i c_i (theta_i - theta_0)`` as ``sum_i c_i theta_i``, without the base, where the c_i sum to one.
+
+    A model of factor 1 comes out as it is. Where all types are narrower than the one that is computed in, so do equal
+    models. None where it would not be as exact as task vectors, or the method is no such mean.
+
+    Args:
+        vectors: reads base and sources.
+        name: the base's name of a tensor.
+        config: the method.
+        dtype: of the result.
+    """
+    sources = vectors.inputs.weighted
+    factors = config.coefficients(len(sources))
+    if factors is None or abs(1 - fsum(factors)) > 2**-48:
+        return None
+    if not all(name in source.tensor_of and source.checkpoint.stored for source in sources):
+        return None
+    types = [dtype, *(source.dtype(name) for source in sources)]
+    precise = torch.float64 not in types and (vectors.device.type != "mps" or all(own in HALF_TYPES for own in types))
+    return [(number, factor) for number, factor in enumerate(factors) if factor] if precise else None
+
+
+def dealt(cuts: Sequence[Cut], tasks: Sequence[Tensor]) -> tuple[list[Cut], list[Cut]]:
+    """The cuts of the first block of a part, and those of what follows it: entries that tie stay in order."""
+    here, later = [], []
+    for cut, task in zip(cuts, tasks, strict=True):
+        own = cut if cut.ties is None else shares(cut, [tied(task, cut)])[0]
+        here.append(own)
+        later.append(cut if cut.ties is None else Cut(cut.bits, cut.ties - (own.ties or 0)))
+    return here, later
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are; looked at one by one only where their sum is not."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def check_finite(name: str, merged: Tensor) -> None:
+    """Refuse a merged tensor that is not finite.
+
+    Raises:
+        RunError: naming the tensor.
+    """
+    if not is_finite(merged):
+        raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's threads of the calling thread, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

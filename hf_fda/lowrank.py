@@ -56,6 +56,10 @@ class LowRank:
         """The same on another device, in another type."""
         return LowRank(self.left.to(device, dtype), self.right.to(device, dtype), self.shape)
 
+    def from_zero(self) -> LowRank:
+        """A product that is zero, and may become anything with this one's right factor."""
+        return LowRank(torch.zeros_like(self.left), self.right, self.shape)
+
     def scaled(self, factor: float) -> LowRank:
         """The tensor times a number."""
         return LowRank(self.left * factor, self.right, self.shape)
@@ -146,6 +150,13 @@ class Factored:
     product: LowRank
     error: float
     norm: float
+
+
+def kept(product: LowRank) -> Factored:
+    """A product as it is."""
+    left, right = product.left.double(), product.right.double()
+    squared = ((left.mT @ left) * (right @ right.mT)).sum()
+    return Factored(product, 0.0, float(squared.clamp_min(0)) ** 0.5)
 
 
 RANDOMISED = 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.checkpoint.reader import Checkpoint
@@ -12,7 +14,13 @@ from hf_fda.progress import logger
 from hf_fda.recipes import Output
 
 
-def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: AdapterPlan | None) -> list[str]:
+def notes_of(
+    inputs: Inputs,
+    config: MethodConfig,
+    result: Output,
+    adapter: AdapterPlan | None,
+    ranks: Mapping[str, int] | None = None,
+) -> list[str]:
     """What a plan, a card and a log say beside the facts.
 
     Args:
@@ -20,6 +28,7 @@ def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: Adap
         config: the merge method, complete.
         result: how every tensor of the merged model is made.
         adapter: the adapter that is written, if one is.
+        ranks: of the factors that adaptation steps on.
     """
     notes = _adapter_notes(inputs, adapter)
     for source in inputs.weighted:
@@ -35,9 +44,20 @@ def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: Adap
         notes.append(f"base: left out, as its class has no place for it: {few(inputs.base.unexpected)}")
     if result.layout is not inputs.base.layout:
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
+    if isinstance(config, FDAConfig) and config.parametrization == "factors":
+        notes.append(_stepped_on(ranks or {}))
     if isinstance(config, FDAConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
+
+
+def _stepped_on(ranks: Mapping[str, int]) -> str:
+    """What adaptation steps on where it was asked for factors."""
+    if not ranks:
+        return "no matrix of the blocks is of low rank here, so adaptation steps on coefficients throughout"
+    low, high = min(ranks.values()), max(ranks.values())
+    of_rank = f"of rank {high}" if low == high else f"of ranks {low} to {high}"
+    return f"adaptation steps on thin factors {of_rank} in {len(ranks)} matrices, on coefficients in the rest"
 
 
 def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from hf_fda.adapters import AdapterCheckpoint
-from hf_fda.adapters.targets import plan_adapter
+from hf_fda.adapters.targets import adapted_ranks, plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, plan_shards
@@ -96,13 +96,16 @@ def plan(
     chosen = resolve_device(device)
     inputs = open_inputs(base, sources, anchors, trust_remote_code)
     _check_apart(folder, inputs)
-    config = _complete(config, inputs)
+    config = _complete(config, inputs, as_adapter=budget is not None)
     units = _units(config, inputs)
     result = decide(inputs, config, units, cast(Heads, heads))
     out_dtype = DTYPES.get(dtype)
     adapter = None if budget is None else plan_adapter(inputs, result, budget)
     if adapter is None:
         _check_ties(inputs, result)
+    ranks: dict[str, int] = {}
+    if isinstance(config, FDAConfig) and config.parametrization == "factors":
+        ranks = adapted_ranks(inputs, units, adapter)
     shards = () if adapter is not None else plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
     checked = Plan(
         inputs=inputs,
@@ -116,10 +119,11 @@ def plan(
         seed=int(seed),
         heads=cast(Heads, heads),
         arguments=record(inputs, config, dtype, seed, heads, max_shard_bytes, budget),
-        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter),
+        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, adapter, ranks),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
-        notes=tuple(notes_of(inputs, config, result, adapter)),
+        notes=tuple(notes_of(inputs, config, result, adapter, ranks)),
         adapter=adapter,
+        ranks=ranks,
     )
     return checked if processes is None else replace(checked, time=predict(checked, processes))
 
@@ -187,7 +191,7 @@ def _check_apart(output: Path, inputs: Inputs) -> None:
             raise InputError(f"output '{output}' is {name} itself; choose another folder")
 
 
-def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
+def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodConfig:
     """The config with the weights in the order of the sources and every open option filled in."""
     names = [source.name for source in inputs.sources]
     without = [source.name for source in inputs.sources if source.weights is None]
@@ -198,13 +202,18 @@ def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
     for role in ("initial", "rest"):
         if without and getattr(config, role) not in (None, "base"):
             raise InputError(f"source '{without[0]}' is anchors only; {role} must then be 'base', or give its weights")
-    if without and config.parametrization == "coefficients":
+    if without and config.parametrization in ("coefficients", "factors"):
         raise InputError(
             f"source '{without[0]}' is anchors only and has no task vector; parametrization must then be 'parameters'"
         )
     require_blocks(inputs.base.layout)
-    thin = all(isinstance(source.checkpoint, AdapterCheckpoint) for source in inputs.weighted)
-    config = config.with_sources(names, all_have_weights=not without, all_thin=thin)
+    thick = [source.name for source in inputs.weighted if not isinstance(source.checkpoint, AdapterCheckpoint)]
+    if thick and config.parametrization == "factors" and not as_adapter:
+        raise InputError(
+            f"source '{thick[0]}' is no adapter, so its task vector has no thin factors; parametrization must then be "
+            "'coefficients' or 'parameters', or the output an adapter (as_adapter=True)"
+        )
+    config = config.with_sources(names, not without, all_thin=not thick, as_adapter=as_adapter)
     size = hidden_size(inputs.base.config)
     return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)
 

@@ -31,6 +31,10 @@ class TaskVectors:
         self.inputs, self.base, self.device, self.seed = inputs, inputs.base, device, seed
         self.moved: dict[str, bool] = {}
 
+    def may_move(self, name: str) -> bool:
+        """Whether any source may differ from the base in a tensor."""
+        return any(source.may_move(name) for source in self.inputs.weighted)
+
     def read(self, name: str, work: torch.dtype, part: slice | None = None) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the sources' task tensors, on the device.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fda.adapters.checkpoint import AdapterCheckpoint
+from hf_fda.blocks import Unit
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.errors import InputError, few
 from hf_fda.inputs import Inputs
@@ -102,7 +103,7 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
 
 def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:
     shapes = [inputs.base.shape(target.base_name) for target in plan.targets if target.form == "factors"]
-    most = max((min(shape[0], torch.Size(shape[1:]).numel()) for shape in shapes), default=0)
+    most = max(map(_full_rank, shapes), default=0)
     if plan.budget.rank is not None and plan.budget.rank > most:
         raise InputError(f"rank {plan.budget.rank} is larger than any of the merged matrices has: at most {most}")
 
@@ -125,6 +126,35 @@ def _layout(inputs: Inputs) -> tuple[ModelLayout, Mapping[str, str], str | None]
     adapters = [source.checkpoint for source in sources if isinstance(source.checkpoint, AdapterCheckpoint)]
     kinds = {str(getattr(kind, "value", kind)) for a in adapters if (kind := a.files.config.task_type) is not None}
     return first, sources[0].tensor_of, kinds.pop() if len(kinds) == 1 else None
+
+
+def adapted_ranks(inputs: Inputs, units: Sequence[Unit], adapter: AdapterPlan | None) -> dict[str, int]:
+    """Which tensors of the units that function-space methods merge can be kept as thin factors, and of which rank.
+
+    Args:
+        inputs: base and sources.
+        units: what is merged one by one.
+        adapter: the adapter that is written; None: a full checkpoint, in which a tensor is thin where every source that
+            moves it does so by thin factors.
+
+    Returns:
+        by the base's name of a tensor, the largest rank of its factors. Tensors that may have full rank are not in it:
+        their factors would be no smaller than themselves.
+    """
+    names = [name for unit in units for name in unit.tensors]
+    if adapter is not None:
+        known = {own.base_name: adapter.rank_of(own) for own in adapter.targets if own.form == "factors"}
+        ranks = {name: known[name] for name in names if name in known}
+    else:
+        matrices = [name for name in names if len(inputs.base.shape(name)) > 1]
+        moved = [name for name in matrices if any(source.may_move(name) for source in inputs.weighted)]
+        ranks = {name: _limit(inputs, name) for name in moved}
+    return {name: rank for name, rank in ranks.items() if rank < _full_rank(inputs.base.shape(name))}
+
+
+def _full_rank(shape: tuple[int, ...]) -> int:
+    """The rank that a tensor's factors never exceed; of a stack, that of each of its matrices."""
+    return min(shape[-2:]) if len(shape) == 3 else min(shape[0], torch.Size(shape[1:]).numel())
 
 
 def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> tuple[Target, ...]:
@@ -167,8 +197,7 @@ def _comes_whole(inputs: Inputs, name: str) -> bool:
 
 def _limit(inputs: Inputs, name: str) -> int:
     """The sum of the ranks of what the sources do to a tensor; its own where one of them is dense."""
-    shape = inputs.base.shape(name)
-    full = min(shape[0], torch.Size(shape[1:]).numel())
+    full = _full_rank(inputs.base.shape(name))
     ranks = 0
     for source in inputs.weighted:
         if source.may_move(name):

@@ -17,7 +17,7 @@ AdaptationDistance = Literal["shift", "cosine", "mse", "mae"]
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["highest", "high", "medium"]
 Schedule = Literal["constant", "linear"]
-Parametrization = Literal["coefficients", "parameters"]
+Parametrization = Literal["coefficients", "parameters", "factors"]
 
 CONSTRUCTION_FIELDS = (
     "initialization",
@@ -105,8 +105,10 @@ class FDAConfig(MethodConfig):
     )
     parametrization: Parametrization | None = option(
         None,
-        "what adaptation steps on: elementwise coefficients of the sources' task vectors, or parameters; "
-        "none: coefficients, or parameters where a source is anchors only",
+        "what adaptation steps on: elementwise coefficients of the sources' task vectors, parameters, or thin factors "
+        "of what is added to the base's matrices (of the adapter's rank, or the sum of the sources'; coefficients "
+        "of the rest, and where full rank is allowed); "
+        "none: coefficients, factors where an adapter is written, parameters where a source is anchors only",
     )
     batch_size: int | None = option(
         None, "anchors per adaptation step; none: 128, or a quarter of num_anchors where that is more", minimum=1
@@ -180,7 +182,9 @@ class FDAConfig(MethodConfig):
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 
-    def with_sources(self, names: list[str], all_have_weights: bool, all_thin: bool = False) -> FDAConfig:
+    def with_sources(
+        self, names: list[str], all_have_weights: bool, all_thin: bool = False, as_adapter: bool = False
+    ) -> FDAConfig:
         """The config with `initial`, `rest` and `parametrization` chosen where they are open, and their weights in the
         order of sources.
 
@@ -188,6 +192,7 @@ class FDAConfig(MethodConfig):
             names: of the sources.
             all_have_weights: whether none is anchors only; a method has nothing to merge of such a source.
             all_thin: whether all are adapters; a flat spectrum overdoes their few directions, and no rank holds it.
+            as_adapter: whether an adapter is written.
         """
         roles: dict[str, Any] = {}
         start = ("task_arithmetic", {"scaling": 0.3}) if all_thin else ("isotropic", {"scaling": 3.0})
@@ -196,7 +201,8 @@ class FDAConfig(MethodConfig):
             if value is None:
                 value = method_class(method).from_options(options) if all_have_weights else "base"
             roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
-        roles["parametrization"] = self.parametrization or ("coefficients" if all_have_weights else "parameters")
+        stepped = "parameters" if not all_have_weights else "factors" if as_adapter else "coefficients"
+        roles["parametrization"] = self.parametrization or stepped
         return dataclasses.replace(self, **roles)
 
     def descent(self) -> dict[str, Any]:

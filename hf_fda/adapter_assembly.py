@@ -91,7 +91,7 @@ class AdapterAssembly(Assembly):
     def _made(self, target: Target) -> dict[str, Tensor]:
         """The tensors that stand for one merged tensor, and its norm with the share of it that they leave out."""
         task, budget = self._task(target), self.adapter.budget
-        if target.form != "factors":
+        if not target.factored:
             assert isinstance(task, Tensor)
             base = self.plan.inputs.base.read(target.base_name).float()
             return {"tensor": task if target.form == "bias" else base + task}
@@ -116,7 +116,7 @@ class AdapterAssembly(Assembly):
             task = found if isinstance(found, LowRank) else found - base.read(name).float()
         else:
             assert recipe.config is not None
-            if target.form == "factors":
+            if target.factored:
                 task = self.vectors.merged_factors(name, recipe.config)
             if task is None:
                 task = self.vectors.merged_task(name, recipe.config)
@@ -159,10 +159,10 @@ class AdapterAssembly(Assembly):
         for target in self.parts:
             path = self.plan.output / FACTORS / f"{target.base_name}.safetensors"
             found: dict[str, Any] = {name: read_tensor(path, entry) for name, entry in read_header(path).items()}
-            if target.form != "factors":
+            if not target.factored:
                 others[target.name] = found["tensor"]
                 continue
             product = LowRank(found["left"], found["right"], self.plan.inputs.base.shape(target.base_name))
             factors[target.name] = product
-            reports.append(ModuleReport(target.module, product.rank, *found["facts"].tolist()))
+            reports.append(ModuleReport(target.place, product.rank, *found["facts"].tolist()))
         return factors, others, AdapterReport(tuple(reports))

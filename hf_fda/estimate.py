@@ -59,7 +59,7 @@ def adapter_bytes(inputs: Inputs, adapter: AdapterPlan) -> int:
 
 def _kept_entries(inputs: Inputs, target: Target, adapter: AdapterPlan) -> int:
     shape = inputs.base.shape(target.base_name)
-    return prod(shape) if target.form != "factors" else factor_entries(shape, adapter.rank_of(target))
+    return factor_entries(shape, adapter.rank_of(target)) if target.factored else prod(shape)
 
 
 def factor_entries(shape: tuple[int, ...], rank: int) -> int:

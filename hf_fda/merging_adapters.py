@@ -139,10 +139,13 @@ def _base_state(model: Any) -> dict[str, Tensor]:
     return {plain_name(name): own for name, own in state.items()}
 
 
-def _add(peft_model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+def _add(peft_model: PeftModel, name: str, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """Put a new adapter into a model, or leave the model as it was."""
     inner: Any = peft_model.base_model
     active = inner.active_adapters
+    said = [own for other in peft_model.peft_config.values() if (own := getattr(other, "target_parameters", None))]
+    if said and getattr(config, "target_parameters", None):
+        config.target_parameters = said[0]  # PEFT wants the same words of all adapters
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

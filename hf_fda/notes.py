@@ -77,7 +77,7 @@ def _adapter_notes(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
     """Which sources are the reason that an adapter without a budget is not thin."""
     if adapter is None or adapter.budget.rank is not None or adapter.budget.energy is not None:
         return []
-    factored = [target.base_name for target in adapter.targets if target.form == "factors"]
+    factored = [target.base_name for target in adapter.targets if target.factored]
     thick = [
         f"'{source.name}'"
         for source in inputs.weighted

@@ -240,9 +240,9 @@ def _linear_product(layer: Any) -> LowRank:
 
 
 def _stacked_product(layer: Any) -> LowRank:
-    left, right, scaling = layer.get_delta_factors(ADAPTER)
     shape = tuple(layer.get_param().shape)
-    left, right = left.detach() * scaling, right.detach()
-    if len(shape) == 2 and left.ndim == 3:
-        left, right = left[0], right[0]
-    return LowRank(left, right, shape)
+    if len(shape) == 2:  # PEFT's factors are those of the transpose, but what it adds is not
+        left, right, scaling = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight, layer.scaling[ADAPTER]
+    else:
+        left, right, scaling = layer.get_delta_factors(ADAPTER)
+    return LowRank(left.detach() * scaling, right.detach(), shape)

@@ -18,7 +18,7 @@ from hf_fda.inputs import Inputs
 from hf_fda.lowrank import Budget
 from hf_fda.recipes import Output
 
-Form = Literal["factors", "whole", "bias"]
+Form = Literal["factors", "parameter", "whole", "bias"]
 FACTORED = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 
 
@@ -27,8 +27,9 @@ class Target:
     """A tensor that a merged adapter changes.
 
     `base_name` is the base's name of it, `name` that in the model the adapter is for. `form` says how it is kept: as
-    thin factors, whole (with its module, in PEFT's `modules_to_save`), or as the bias of the factors (`lora_bias`).
-    `limit` is the largest rank that its factors get.
+    thin factors of a module's weight, or of a single parameter (a stack of experts, in PEFT's `target_parameters`);
+    whole (with its module, in PEFT's `modules_to_save`); or as the bias of the factors (`lora_bias`). `limit` is the
+    largest rank that its factors get.
     """
 
     base_name: str
@@ -40,6 +41,16 @@ class Target:
     def module(self) -> str:
         """The path of the module that the tensor belongs to."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is kept as factors."""
+        return self.form in ("factors", "parameter")
+
+    @property
+    def place(self) -> str:
+        """What PEFT calls that which the factors are of: the module, or the parameter itself."""
+        return self.name if self.form == "parameter" else self.module
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class AdapterPlan:
     @property
     def top_rank(self) -> int:
         """The largest of all; 0 where nothing is kept as factors."""
-        return max((self.rank_of(target) for target in self.targets if target.form == "factors"), default=0)
+        return max((self.rank_of(target) for target in self.targets if target.factored), default=0)
 
 
 def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
@@ -102,7 +113,7 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
 
 
 def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:
-    shapes = [inputs.base.shape(target.base_name) for target in plan.targets if target.form == "factors"]
+    shapes = [inputs.base.shape(target.base_name) for target in plan.targets if target.factored]
     most = max(map(_full_rank, shapes), default=0)
     if plan.budget.rank is not None and plan.budget.rank > most:
         raise InputError(f"rank {plan.budget.rank} is larger than any of the merged matrices has: at most {most}")
@@ -143,7 +154,7 @@ def adapted_ranks(inputs: Inputs, units: Sequence[Unit], adapter: AdapterPlan | 
     """
     names = [name for unit in units for name in unit.tensors]
     if adapter is not None:
-        known = {own.base_name: adapter.rank_of(own) for own in adapter.targets if own.form == "factors"}
+        known = {own.base_name: adapter.rank_of(own) for own in adapter.targets if own.factored}
         ranks = {name: known[name] for name in names if name in known}
     else:
         matrices = [name for name in names if len(inputs.base.shape(name)) > 1]
@@ -167,20 +178,60 @@ def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> t
     targets = []
     for base_name, own in names.items():
         module, part = owners[base_name]
-        if id(module) in whole:
-            targets.append(Target(base_name, own, "whole"))
-        elif isinstance(module, FACTORED) and part == "weight" and not (biased and isinstance(module, nn.Embedding)):
-            targets.append(Target(base_name, own, "factors", _limit(inputs, base_name)))
-        elif isinstance(module, FACTORED) and part == "bias":
-            targets.append(Target(base_name, own, "bias"))
-        elif part in ("weight", "bias"):
-            targets.append(Target(base_name, own, "whole"))
-        else:
-            raise InputError(
-                f"as_adapter=True: '{own}' of a {type(module).__name__} is merged, which no adapter holds alone; merge "
-                "into a full checkpoint"
-            )
+        form: Form = "whole"
+        if id(module) not in whole:
+            form = _form(inputs, base_name, module, part, biased)
+        limit = _limit(inputs, base_name) if form in ("factors", "parameter") else 0
+        targets.append(Target(base_name, own, form, limit))
+    _check_parameters(layout, targets)
     return tuple(targets)
+
+
+def _form(inputs: Inputs, name: str, module: nn.Module, part: str, biased: bool) -> Form:
+    """How an adapter keeps a tensor of a module that it does not bring whole.
+
+    Args:
+        inputs: base and sources.
+        name: the base's name of the tensor.
+        module: whose tensor it is.
+        part: what the module calls it.
+        biased: whether the adapter's factors have biases, which those of embeddings cannot.
+    """
+    if isinstance(module, FACTORED):
+        if part == "bias":
+            return "bias"
+        return "whole" if biased and isinstance(module, nn.Embedding) else "factors"
+    matrix = len(inputs.base.shape(name)) in (2, 3)
+    thin = all(source.rank(name) is not None for source in inputs.weighted if source.may_move(name))
+    if part == "bias" or (part == "weight" and not (matrix and thin)):
+        return "whole"
+    if matrix:
+        return "parameter"
+    raise InputError(
+        f"as_adapter=True: '{name}' of a {type(module).__name__} is merged, which no adapter holds alone; merge into a "
+        "full checkpoint"
+    )
+
+
+def _check_parameters(layout: ModelLayout, targets: Sequence[Target]) -> None:
+    """Refuse single parameters beside what PEFT cannot have beside them."""
+    single = [target for target in targets if target.form == "parameter"]
+    if not single:
+        return
+    way_out = "merge into a full checkpoint"
+    biases = [target.name for target in targets if target.form == "bias"]
+    if biases:
+        raise InputError(
+            f"as_adapter=True: the sources change biases ({few(biases)}) and single parameters "
+            f"({few([target.name for target in single])}); PEFT has no adapter with both: {way_out}"
+        )
+    inside = tuple(f"{target.module}." for target in single)
+    for target in targets:
+        if target.form != "parameter" and f"{target.module}.".startswith(inside):
+            raise InputError(
+                f"as_adapter=True: the sources change '{target.name}' and single parameters of a module around it; "
+                f"PEFT has no name for both: {way_out}"
+            )
 
 
 def _comes_whole(inputs: Inputs, name: str) -> bool:

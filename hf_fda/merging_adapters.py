@@ -14,10 +14,10 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_fda.adapters.changes import plain_name
 from hf_fda.adapters.checkpoint import AdapterCheckpoint
-from hf_fda.adapters.files import REPLAYED, UNREPEATABLE, WEIGHTS, from_model
+from hf_fda.adapters.files import REPLAYED, UNREPEATABLE, WEIGHTS, named_in
 from hf_fda.adapters.report import AdapterReport
+from hf_fda.adapters.skeleton import plain_name, skeleton_of
 from hf_fda.checkpoint.reader import ModelCheckpoint
 from hf_fda.errors import InputError, nearest
 from hf_fda.merge_methods import MethodConfig
@@ -74,7 +74,7 @@ def merge_adapters(
     base = _InjectedBase(model, "the model's base", _base_state(model))
     sources = {}
     for name in adapters:
-        files = from_model(peft_model, name, embeddings=False)
+        files = named_in(peft_model, name)
         start = getattr(files.config, "init_lora_weights", True)
         if isinstance(start, str) and start.startswith((*REPLAYED, *UNREPEATABLE)):
             logger.warning(
@@ -85,7 +85,7 @@ def merge_adapters(
             )
         if hasattr(files.config, "init_lora_weights"):
             files.config.init_lora_weights = True  # the base in memory is what the adapter was initialised to go with
-        sources[name] = AdapterCheckpoint(files, base)
+        sources[name] = AdapterCheckpoint(files, base, skeleton_of(peft_model, name, base.layout))
     with tempfile.TemporaryDirectory(prefix="hf_fda-") as folder:
         merged = merge(
             base,

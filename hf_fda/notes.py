@@ -30,7 +30,7 @@ def notes_of(
         adapter: the adapter that is written, if one is.
         ranks: of the factors that adaptation steps on.
     """
-    notes = _adapter_notes(inputs, adapter)
+    notes = [*_adapter_notes(inputs, adapter), *_tied(inputs, adapter)]
     for source in inputs.weighted:
         if isinstance(source.checkpoint, AdapterCheckpoint):
             notes.extend(_another_base(source.name, source.checkpoint, inputs.base))
@@ -58,6 +58,23 @@ def _stepped_on(ranks: Mapping[str, int]) -> str:
     low, high = min(ranks.values()), max(ranks.values())
     of_rank = f"of rank {high}" if low == high else f"of ranks {low} to {high}"
     return f"adaptation steps on thin factors {of_rank} in {len(ranks)} matrices, on coefficients in the rest"
+
+
+def _tied(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
+    """A warning where whole models may have changed two tied tensors, of which an adapter changes one."""
+    if adapter is None:
+        return []
+    targets = {target.base_name for target in adapter.targets}
+    whole = [f"'{own.name}'" for own in inputs.weighted if not isinstance(own.checkpoint, AdapterCheckpoint)]
+    pairs = [(name, other) for other, name in inputs.base.layout.tied.items() if name in targets and whole]
+    said = [
+        f"'{other}' is tied to '{name}': where {few(whole)} changed both, the adapter changes '{name}' alone, a full "
+        "checkpoint both"
+        for name, other in pairs
+    ]
+    for line in said:
+        logger.warning(line)
+    return said
 
 
 def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> list[str]:

@@ -87,25 +87,26 @@ def plan(
     Raises:
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
-    config = resolve_method(method, options)
+    given = resolve_method(method, options)
     if data is not None:
-        raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
+        raise InputError(f"data: method '{given.name}' merges from weights alone; leave it out")
     _check_settings(dtype, heads, seed, max_shard_bytes)
     budget = _budget(as_adapter, rank, energy)
     folder = new_folder(output)
     chosen = resolve_device(device)
     inputs = open_inputs(base, sources, anchors, trust_remote_code)
     _check_apart(folder, inputs)
-    config = _complete(config, inputs, as_adapter=budget is not None)
+    config = _complete(given, inputs, as_adapter=budget is not None)
     units = _units(config, inputs)
     result = decide(inputs, config, units, cast(Heads, heads))
     out_dtype = DTYPES.get(dtype)
     adapter = None if budget is None else plan_adapter(inputs, result, budget)
     if adapter is None:
         _check_ties(inputs, result)
-    ranks: dict[str, int] = {}
-    if isinstance(config, FDAConfig) and config.parametrization == "factors":
-        ranks = adapted_ranks(inputs, units, adapter)
+    factored = isinstance(config, FDAConfig) and config.parametrization == "factors"
+    ranks = adapted_ranks(inputs, units, adapter) if factored else {}
+    if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
+        config = _complete(replace(given, parametrization="coefficients"), inputs, as_adapter=True)
     shards = () if adapter is not None else plan_shards(_groups(inputs, result, out_dtype), max_shard_bytes)
     checked = Plan(
         inputs=inputs,
@@ -163,7 +164,8 @@ def _check_ties(inputs: Inputs, result: Output) -> None:
             continue
         for other, name in result.layout.tied.items():
             own = result.base_names.get(name)
-            if own is not None and result.recipes[name].rule != "base" and source.may_move(own):
+            moves = own is not None and result.recipes[name].rule != "base" and source.may_move(own)
+            if own is not None and moves and not source.checkpoint.keeps_ties(source.tensor_of[own]):
                 raise InputError(
                     f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
                     f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"

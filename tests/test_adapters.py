@@ -197,7 +197,7 @@ class TestRefusals:
             ({"use_qalora": True}, ["use_qalora", "not understood"]),
             ({"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens"]),
             ({"layer_replication": [[0, 1]]}, ["layer_replication"]),
-            ({"trainable_token_indices": [1]}, ["trainable_token_indices"]),
+            ({"trainable_token_indices": [1]}, ["trainable_tokens_delta"]),
             ({"init_lora_weights": "corda"}, ["corda", "path_initial_model_for_weight_conversion"]),
             ({"init_lora_weights": "pissa_niter_4"}, ["pissa_niter_4"]),
             ({"of_the_future": 1}, ["of_the_future", "update peft"]),

@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hf_fda.adapters.changes import Change, Replaced, find_changes
+from hf_fda.adapters.changes import Change, Replaced, Rows, find_changes
 from hf_fda.adapters.files import CONFIG, AdapterFiles, from_model, read_files
-from hf_fda.adapters.skeleton import build
+from hf_fda.adapters.skeleton import Skeleton, build
 from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.location import INDEX, SINGLE, Location, locate
 from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
@@ -28,6 +28,7 @@ class AdapterCheckpoint:
     Args:
         files: the adapter.
         base: what it is an adapter of.
+        skeleton: a model that the adapter is in; one is made if None.
 
     Raises:
         InputError: when the adapter does not fit the base.
@@ -36,11 +37,11 @@ class AdapterCheckpoint:
     unexpected: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
-    def __init__(self, files: AdapterFiles, base: Checkpoint) -> None:
+    def __init__(self, files: AdapterFiles, base: Checkpoint, skeleton: Skeleton | None = None) -> None:
         self.files, self.base = files, base
         self.id, self.location = files.id, files.location
         self.commit = files.location.commit if files.location is not None else None
-        skeleton = build(files, base.layout)
+        skeleton = skeleton or build(files, base.layout)
         self.layout = skeleton.layout
         self.changes: Mapping[str, Change] = find_changes(
             files.id, skeleton, getattr(files.config, "init_lora_weights", None)
@@ -99,6 +100,10 @@ class AdapterCheckpoint:
     def replaces(self, name: str) -> bool:
         """Whether the adapter brings a tensor whole (PEFT's `modules_to_save`)."""
         return isinstance(self.changes.get(name), Replaced)
+
+    def keeps_ties(self, name: str) -> bool:
+        """Whether a tensor that is tied to this one changes with it: PEFT does so where it trains some rows only."""
+        return isinstance(self.changes.get(name), Rows)
 
     def factors(self, name: str) -> LowRank | None:
         """A tensor's task vector as thin factors; None where the adapter does not change it, or by no thin product."""

@@ -103,6 +103,7 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     strange = [name for name in changed if name not in own_name]
     if strange:
         raise InputError(f"as_adapter=True: the model of the sources has no {few(strange)}; merge into a checkpoint")
+    _check_ties(inputs, changed)
     targets = _targets(inputs, layout, {name: own_name[name] for name in changed})
     if not targets:
         raise InputError("as_adapter=True: no source changes anything that is merged; there is nothing to write")
@@ -110,6 +111,20 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     plan = AdapterPlan(layout, targets, budget, None if result.heads else task_type)
     _check_rank(inputs, plan)
     return plan
+
+
+def _check_ties(inputs: Inputs, changed: Sequence[str]) -> None:
+    """Refuse tensors that an adapter changes with what is tied to them: factors would change one of both."""
+    tied = {name: other for other, name in inputs.base.layout.tied.items()}
+    for source in inputs.weighted:
+        for name in tied.keys() & set(changed):
+            checkpoint = source.checkpoint
+            if source.may_move(name) and isinstance(checkpoint, AdapterCheckpoint):
+                if checkpoint.keeps_ties(source.tensor_of[name]):
+                    raise InputError(
+                        f"as_adapter=True: source '{source.name}' changes '{name}' and what is tied to it, "
+                        f"'{tied[name]}'; factors would change one of both: merge into a full checkpoint"
+                    )
 
 
 def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:

@@ -67,6 +67,11 @@ class CoefficientAdam:
             torch._foreach_addcmul_(self.parameters, change, self.scales, size)
 
 
+FACTOR_STEP = 3.0
+"""How much larger a factor's step is, relative to the root of the mean square of its start, than a coefficient's,
+relative to the sum of the task vectors' magnitudes; chosen on training rows."""
+
+
 @dataclass(frozen=True)
 class Moves:
     """How a unit's parameters are stepped on, by their names in the unit.
@@ -109,7 +114,7 @@ class Product:
         """What a step of both factors is relative to, of their shapes."""
         left, right = (own.square().mean().sqrt() for own in (self.left, self.right))
         pairs = (self.left, torch.where(left > 0, left, right)), (self.right, torch.where(right > 0, right, left))
-        return [size.expand_as(own).contiguous() for own, size in pairs]
+        return [FACTOR_STEP * size.expand_as(own) for own, size in pairs]
 
     @torch.no_grad()
     def gradients(self, gradient: Tensor) -> list[Tensor]:
@@ -121,8 +126,8 @@ class Product:
 class Stepper:
     """Adam on everything of a unit that moves.
 
-    A step size is relative: to ``sum_k |tau_k|`` for coefficients, and for a factor to the root of the mean square of
-    its start (to that of the other factor, where its own is zero).
+    A step size is relative: to ``sum_k |tau_k|`` for coefficients, and for a factor to `FACTOR_STEP` times the root of
+    the mean square of its start (of the other factor's, where its own is zero).
 
     Args:
         parameters: what moves, by name; changed in place.

@@ -37,6 +37,9 @@ CONSTRUCTION_FIELDS = (
 COEFFICIENT_EPOCHS = 20
 """Passes of adaptation on coefficients, three times as many from the base, which is further away."""
 
+FACTOR_EPOCHS = 40
+"""The same on thin factors, which a start of full rank has been cut to."""
+
 COEFFICIENT_STEP = 3e-2
 """Its step size, as a fraction of the sum of the task vectors' magnitudes, falling to zero."""
 
@@ -173,7 +176,8 @@ class FDAConfig(MethodConfig):
             chosen["epochs"] = 100 if family == "vision" else 25 if large else 125
             chosen["adaptation_learning_rate"] = 1e-5 if family == "vision" else 5e-5
         else:
-            chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else COEFFICIENT_EPOCHS
+            passes = FACTOR_EPOCHS if self.parametrization == "factors" else COEFFICIENT_EPOCHS
+            chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else passes
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
         # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903)
         spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates

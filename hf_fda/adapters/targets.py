@@ -117,14 +117,14 @@ def _check_ties(inputs: Inputs, changed: Sequence[str]) -> None:
     """Refuse tensors that an adapter changes with what is tied to them: factors would change one of both."""
     tied = {name: other for other, name in inputs.base.layout.tied.items()}
     for source in inputs.weighted:
-        for name in tied.keys() & set(changed):
-            checkpoint = source.checkpoint
-            if source.may_move(name) and isinstance(checkpoint, AdapterCheckpoint):
-                if checkpoint.keeps_ties(source.tensor_of[name]):
-                    raise InputError(
-                        f"as_adapter=True: source '{source.name}' changes '{name}' and what is tied to it, "
-                        f"'{tied[name]}'; factors would change one of both: merge into a full checkpoint"
-                    )
+        checkpoint = source.checkpoint
+        moved = [name for name in changed if name in tied and source.may_move(name)]
+        for name in moved:
+            if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.keeps_ties(source.tensor_of[name]):
+                raise InputError(
+                    f"as_adapter=True: source '{source.name}' changes '{name}' and what is tied to it, '{tied[name]}'; "
+                    "factors would change one of both: merge into a full checkpoint"
+                )
 
 
 def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:

@@ -114,8 +114,9 @@ def output_licence(licences: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def hub_name(id: str) -> str | None:
-    """The Hub name in a recorded id, "org/name@commit" with the whole commit hash; None for a folder."""
-    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@[0-9a-f]{40}", id)
+    """The Hub name in a recorded id, "org/name@commit" or "org/name/folder@commit" with the whole commit hash; None for
+    a folder on a disk."""
+    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:/[\w.-]+)*@[0-9a-f]{40}", id)
     return match[1] if match else None
 
 

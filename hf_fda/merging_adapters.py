@@ -41,9 +41,9 @@ def merge_adapters(
     """Merge adapters of a model into a new adapter of it: the counterpart of PEFT's `add_weighted_adapter`.
 
     Neither the base's weights nor any other adapter is touched, and the active adapter stays active
-    (`peft_model.set_adapter(adapter_name)` makes the new one so). Adapters of any kinds that merge into weights, of any
-    ranks and targets, merge together; the new one is LoRA. It goes with the base as it is in memory: where PEFT has
-    changed that, as it does for adapters initialised by PiSSA or OLoRA, the new adapter is none of the original base.
+    (`peft_model.set_adapter(adapter_name)` makes the new one so). Adapters of LoRA in all its forms, of any ranks and
+    targets, merge together. The new one goes with the base as it is in memory: where PEFT has changed that, as it does
+    for adapters initialised by PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA, it is none of the original base.
 
     Args:
         peft_model: the model; its adapters may not be merged into its weights at the moment.
@@ -129,6 +129,12 @@ def _check_names(peft_model: PeftModel, adapters: Sequence[str], adapter_name: s
         raise InputError(f"the model has an adapter '{adapter_name}' already; choose another name, or delete it first")
     if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", str(adapter_name)):
         raise InputError(f"adapter_name '{adapter_name}': use letters, digits, '_' and '-'")
+    kinds = {str(getattr(own.peft_type, "value", own.peft_type)) for own in peft_model.peft_config.values()}
+    if kinds != {"LORA"}:
+        raise InputError(
+            f"the model's adapters are {', '.join(sorted(kinds))}, and a merged one is LORA; PEFT keeps adapters of one "
+            "kind in a model: save them and merge their folders, hf_fda.merge(..., as_adapter=True)"
+        )
     if any(getattr(module, "merged", False) is True for module in peft_model.modules()):
         raise InputError("an adapter is merged into the model's weights; call unmerge_adapter() first")
 

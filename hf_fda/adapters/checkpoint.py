@@ -148,6 +148,22 @@ def is_adapter(value: Any, location: Location | None = None) -> bool:
     return location is not None and CONFIG in location.names and not {INDEX, SINGLE} & set(location.names)
 
 
+def find_adapter(location: Location) -> Location:
+    """Where a source's files are: the place itself, or the folder in it that holds the adapter (PEFT saves others than
+    "default" in folders of their names).
+
+    Raises:
+        InputError: when several folders in it hold one.
+    """
+    if {CONFIG, INDEX, SINGLE, "config.json"} & set(location.names):
+        return location
+    folders = location.holding(CONFIG)
+    if len(folders) > 1:
+        listed = ", ".join(f"'{location.inside(name).id}'" for name in folders)
+        raise InputError(f"{location.id}: several adapters are in it; say which: {listed}")
+    return location.inside(folders[0]) if folders else location
+
+
 def open_adapter(value: Any, base: Checkpoint, location: Location | None = None) -> AdapterCheckpoint:
     """Open an adapter on its base.
 
@@ -180,7 +196,7 @@ def open_source(base: Checkpoint, value: Any, trust_remote_code: bool = False, l
         InputError: naming `label`, when it cannot be used.
     """
     try:
-        location = locate(value) if isinstance(value, (str, os.PathLike)) else None
+        location = find_adapter(locate(value)) if isinstance(value, (str, os.PathLike)) else None
         if is_adapter(value, location):
             return open_adapter(value, base, location)
     except InputError as error:

@@ -106,7 +106,7 @@ def test_adapters_whose_initialisation_nobody_can_repeat_merge_where_it_was_done
     start: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if start == "loftq":  # what it does to the base needs a GPU's quantisation: some change stands for it
-        monkeypatch.setattr(LoraLayer, "loftq_init", lambda layer, _: layer.get_base_layer().weight.data.mul_(0.9))
+        monkeypatch.setattr(LoraLayer, "loftq_init", lambda layer, *_: layer.get_base_layer().weight.data.mul_(0.9))
     base = make_base("llama")
     before = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
     config = prepared(base, start)

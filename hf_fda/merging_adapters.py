@@ -132,7 +132,7 @@ def _check_names(peft_model: PeftModel, adapters: Sequence[str], adapter_name: s
     kinds = {str(getattr(own.peft_type, "value", own.peft_type)) for own in peft_model.peft_config.values()}
     if kinds != {"LORA"}:
         raise InputError(
-            f"the model's adapters are {', '.join(sorted(kinds))}, a merged one is LORA, and PEFT keeps adapters of one "
+            f"the model's adapters are {', '.join(sorted(kinds))}, a merged one is LORA, and PEFT keeps those of one "
             "kind in a model: save them and merge their folders, hf_fda.merge(..., as_adapter=True)"
         )
     if any(getattr(module, "merged", False) is True for module in peft_model.modules()):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.adapters.targets import AdapterPlan
+from hf_fda.cards import shown
 from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
@@ -85,7 +86,10 @@ def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> li
     theirs, ours = (str(id).partition("@")[0].rstrip("/").rpartition("/")[2] for id in (stated, base.id))
     if theirs == ours:
         return []
-    said = f"source '{name}': its configuration says that it was trained on '{stated}', the base is '{base.id}'"
+    said = (
+        f"source '{name}': its configuration says that it was trained on '{shown(stated)}', the base is "
+        f"'{shown(base.id)}'"
+    )
     logger.warning(said)
     return [said]
 

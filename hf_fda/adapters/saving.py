@@ -91,7 +91,7 @@ def adapter_tensors(
         if biased:
             size = product.right.shape[1] if isinstance(module, Conv1D) else product.left.shape[0]
             found[f"{path}.lora_B.bias"] = others.get(f"{path}.bias", torch.zeros(size))
-    for path in {target.module for target in plan.targets if target.form == "whole"}:
+    for path in plan.whole_modules:
         for part, _ in modules[path].named_parameters():
             name = f"{path}.{part}"
             found[name] = others[name] if name in others else base(name)

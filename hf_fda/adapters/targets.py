@@ -70,6 +70,14 @@ class AdapterPlan:
         return min(self.budget.rank or target.limit, target.limit)
 
     @property
+    def whole_modules(self) -> list[str]:
+        """Paths of the modules that the adapter brings whole: those of whole tensors, and what else PEFT takes for one
+        of them, as it compares the ends of names ("norm" is also "layers.0.input_layernorm")."""
+        ends = tuple(target.module for target in self.targets if target.form == "whole")
+        paths = [path for path, own in self.layout.model.named_modules() if any(True for _ in own.parameters())]
+        return [path for path in paths if path.endswith(ends)] if ends else []
+
+    @property
     def top_rank(self) -> int:
         """The largest of all; 0 where nothing is kept as factors."""
         return max((self.rank_of(target) for target in self.targets if target.factored), default=0)
@@ -109,6 +117,7 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
         raise InputError("as_adapter=True: no source changes anything that is merged; there is nothing to write")
     # Of a task type with a head PEFT expects that head in the adapter; heads that are kept lie beside it
     plan = AdapterPlan(layout, targets, budget, None if result.heads else task_type)
+    _check_whole(plan)
     _check_rank(inputs, plan)
     return plan
 
@@ -125,6 +134,18 @@ def _check_ties(inputs: Inputs, changed: Sequence[str]) -> None:
                     f"as_adapter=True: source '{source.name}' changes '{name}' and what is tied to it, '{tied[name]}'; "
                     "factors would change one of both: merge into a full checkpoint"
                 )
+
+
+def _check_whole(plan: AdapterPlan) -> None:
+    """Refuse factors of what PEFT would take for a module that comes whole."""
+    whole = set(plan.whole_modules)
+    both = [target.name for target in plan.targets if target.form != "whole" and target.module in whole]
+    if both:
+        names = [target.name for target in plan.targets if target.form == "whole"]
+        raise InputError(
+            f"as_adapter=True: PEFT tells modules that come whole ({few(names)}) by the ends of their names, and would "
+            f"take {few(both)} for one; merge into a full checkpoint"
+        )
 
 
 def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:

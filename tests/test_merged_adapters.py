@@ -159,6 +159,12 @@ def test_large_matrices_are_decomposed_at_random_nearly_as_well() -> None:
     best = float(values[20:].norm() / values.norm())
     assert found.product.rank == 20
     assert found.error == pytest.approx(best, rel=1e-3)
+    stack = torch.stack([(left * values) @ right.mT, (left * values[:30].repeat_interleave(2)) @ right.mT])
+    both = factorise(stack, Budget(rank=20), limit=1100)
+    of_each = [factorise(matrix, Budget(rank=20), limit=1100) for matrix in stack]
+    left_out = sum((own.error * own.norm) ** 2 for own in of_each) ** 0.5
+    assert both.product.left.shape == (2, 1100, 20)
+    assert both.error * both.norm == pytest.approx(left_out, rel=1e-3)
     kept = factorise((left * values) @ right.mT, Budget(rank=40, energy=0.99), limit=1100)
     assert kept.error**2 <= 0.01
     assert kept.product.rank == int((values.square().cumsum(0) / values.square().sum() < 0.99).sum()) + 1

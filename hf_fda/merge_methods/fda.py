@@ -98,7 +98,8 @@ class FDAConfig(MethodConfig):
     )
     interpolation: float | None = option(
         None,
-        "how far the merge goes from its start (0) to the adapted parameters (1), on the straight line between them; "
+        "how far the merge goes from its start (0) to the adapted parameters (1), on the straight line between them "
+        "(between the factors, where these are stepped on); "
         "none: half way from tsv and isotropic in text models, else all the way",
         minimum=0,
         maximum=1,

@@ -100,7 +100,7 @@ class FDAConfig(MethodConfig):
         None,
         "how far the merge goes from its start (0) to the adapted parameters (1), on the straight line between them "
         "(between the factors, where these are stepped on); "
-        "none: half way from tsv and isotropic in text models, else all the way",
+        "none: half way from tsv and isotropic in text models unless on factors, else all the way",
         minimum=0,
         maximum=1,
     )
@@ -180,8 +180,9 @@ class FDAConfig(MethodConfig):
             passes = FACTOR_EPOCHS if self.parametrization == "factors" else COEFFICIENT_EPOCHS
             chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else passes
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
-        # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903)
-        spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates
+        # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903).
+        # Cut to the rank of factors it holds that no longer.
+        spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates and self.parametrization != "factors"
         chosen["interpolation"] = 0.5 if spectral and family != "vision" else 1.0
         chosen["batch_size"] = max(128, (self.num_anchors or chosen["num_anchors"]) // 4)
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}

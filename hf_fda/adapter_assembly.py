@@ -20,11 +20,12 @@ from hf_fda.blocks import Unit
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import RunError
-from hf_fda.lowrank import LowRank, factorise
+from hf_fda.lowrank import LowRank, factorise, kept
 from hf_fda.publish import clean, copy_processors, remove_model, write_heads, write_record
 from hf_fda.recipes import Recipe
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
+from hf_fda.unit_files import read_adapted
 from hf_fda.version import versions
 
 FACTORS = f"{WORK}/factors"
@@ -89,12 +90,13 @@ class AdapterAssembly(Assembly):
 
     def _made(self, target: Target) -> dict[str, Tensor]:
         """The tensors that stand for one merged tensor, and its norm with the share of it that they leave out."""
-        task = self._task(target)
-        if target.form != "factors":
+        task, budget = self._task(target), self.adapter.budget
+        if not target.factored:
             assert isinstance(task, Tensor)
             base = self.plan.inputs.base.read(target.base_name).float()
             return {"tensor": task if target.form == "bias" else base + task}
-        found = factorise(task, self.adapter.budget, target.limit)
+        whole = target.base_name in self.plan.ranks and budget.energy is None  # adapted within the budget
+        found = kept(task) if whole and isinstance(task, LowRank) else factorise(task, budget, target.limit)
         product = found.product
         facts = torch.tensor([found.norm, found.error], dtype=torch.float64)
         return {"left": product.left, "right": product.right, "facts": facts}
@@ -109,10 +111,12 @@ class AdapterAssembly(Assembly):
         task: LowRank | Tensor | None = None
         if recipe.rule == "unit":
             path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
-            task = read_tensor(path, read_header(path)[name]) - self.plan.inputs.base.read(name).float()
+            base = self.plan.inputs.base
+            found = read_adapted(path, name, base.shape(name))
+            task = found if isinstance(found, LowRank) else found - base.read(name).float()
         else:
             assert recipe.config is not None
-            if target.form == "factors":
+            if target.factored:
                 task = self.vectors.merged_factors(name, recipe.config)
             if task is None:
                 task = self.vectors.merged_task(name, recipe.config)
@@ -155,10 +159,10 @@ class AdapterAssembly(Assembly):
         for target in self.parts:
             path = self.plan.output / FACTORS / f"{target.base_name}.safetensors"
             found: dict[str, Any] = {name: read_tensor(path, entry) for name, entry in read_header(path).items()}
-            if target.form != "factors":
+            if not target.factored:
                 others[target.name] = found["tensor"]
                 continue
             product = LowRank(found["left"], found["right"], self.plan.inputs.base.shape(target.base_name))
             factors[target.name] = product
-            reports.append(ModuleReport(target.module, product.rank, *found["facts"].tolist()))
+            reports.append(ModuleReport(target.place, product.rank, *found["facts"].tolist()))
         return factors, others, AdapterReport(tuple(reports))

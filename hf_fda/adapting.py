@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hf_fda.anchors import AnchorBuilder, Objective, UnitAnchors, adapt_unit
+from hf_fda.anchors import AnchorBuilder, Moves, Objective, UnitAnchors, adapt_unit
 from hf_fda.blocks import Unit, UnitCall
 from hf_fda.errors import RunError
+from hf_fda.lowrank import Budget, LowRank, factorise
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
 from hf_fda.randomness import random_stream
 from hf_fda.taskvectors import TaskVectors
 from hf_fda.tensors import total
 from hf_fda.tensorwise import apply_method
+from hf_fda.unit_files import unit_tensors
 
 
 def adapted_unit(
@@ -27,7 +30,7 @@ def adapted_unit(
     found: Sequence[UnitAnchors],
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """The merged tensors of one unit, by the base's names, in float32 on the CPU.
+    """What the file of one merged unit holds (`unit_tensors`), in float32 on the CPU.
 
     Args:
         plan: of a merge by "fda".
@@ -46,29 +49,43 @@ def adapted_unit(
     module, call = builder.load(plan.inputs.base.read, unit), builder.capture.calls[unit.name]
     moved = [anchors for anchors in found if anchors.moves]
     if not moved:  # steps would only follow rounding noise
-        move_to_start(config, module, unit, vectors)
-        return {f"{unit.name}.{path}": value.detach().cpu() for path, value in module.named_parameters()}
+        moves = move_to_start(config, module, unit, vectors, plan.ranks)
+        there = {path: value.detach().cpu() for path, value in module.named_parameters() if path not in moves.factors}
+        return _named(unit, there, moves.factors)
     try:
         objective = _objective(config, module, call, moved, plan.device)
-        scales = move_to_start(config, module, unit, vectors)
         adapted = adapt_unit(
             module,
             call,
             objective,
-            scales if config.parametrization == "coefficients" else None,
+            move_to_start(config, module, unit, vectors, plan.ranks),
             epochs=config.epochs,
             learning_rate=config.adaptation_learning_rate,
             schedule=config.adaptation_schedule,
             batch_size=config.batch_size,
             generator=random_stream(plan.seed, "batches", unit.name),
             interpolation=config.interpolation,
-            frozen=frozenset.intersection(*(frozenset(anchors.left_out) for anchors in moved)),
+            frozen=_frozen(config, unit, moved, vectors),
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
         )
     except RunError as error:
         raise RunError(f"block '{unit.name}': {error}") from None
     logger.debug("%s: distance %.4g before, %.4g after", unit.name, adapted.loss_before, adapted.loss_after)
-    return {f"{unit.name}.{name}": tensor for name, tensor in adapted.parameters.items()}
+    return _named(unit, adapted.parameters, adapted.factors)
+
+
+def _named(unit: Unit, parameters: Mapping[str, Tensor], factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """What a unit's file holds, by the base's names."""
+    whole = {f"{unit.name}.{path}": value for path, value in parameters.items()}
+    return unit_tensors(whole, {f"{unit.name}.{path}": own for path, own in factors.items()})
+
+
+def _frozen(config: FDAConfig, unit: Unit, found: Sequence[UnitAnchors], vectors: TaskVectors) -> frozenset[str]:
+    """Parameters that stay: whose gradient is zero for every source, and those that no source moves."""
+    frozen = frozenset.intersection(*(frozenset(anchors.left_out) for anchors in found))
+    if config.parametrization == "parameters":
+        return frozen
+    return frozen | {name.removeprefix(f"{unit.name}.") for name in unit.tensors if not vectors.may_move(name)}
 
 
 def _objective(
@@ -85,27 +102,47 @@ def _objective(
     return Objective(config.adaptation_distance, anchors, targets, shifts, config.metric_power)
 
 
-def move_to_start(config: FDAConfig, module: nn.Module, unit: Unit, vectors: TaskVectors) -> dict[str, Tensor]:
-    """Move a unit from the base to where adaptation starts.
+def move_to_start(
+    config: FDAConfig, module: nn.Module, unit: Unit, vectors: TaskVectors, ranks: Mapping[str, int]
+) -> Moves:
+    """Move a unit from the base to where adaptation starts, but for what is factored.
 
     Args:
         config: complete.
         module: the base's unit; changed in place.
         unit: which.
         vectors: reads base and sources.
+        ranks: by the base's name of a tensor, the largest rank of its factors.
 
     Returns:
-        by parameter, the sum of the magnitudes of the sources' task vectors; nothing where none is read.
+        how its parameters are stepped on.
     """
-    scales: dict[str, Tensor] = {}
     if config.initial == "base" and config.parametrization == "parameters":
-        return scales
+        return Moves()
     roles = vectors.base.layout.roles
+    scales: dict[str, Tensor] = {}
+    factors: dict[str, LowRank] = {}
     for path, parameter in module.named_parameters():
         name = f"{unit.name}.{path}"
+        if not vectors.may_move(name):
+            continue
+        if name in ranks:
+            factors[path] = _start_in_factors(config, name, vectors, ranks[name])
+            continue
         base, tasks = vectors.read(name, torch.float32)
         if isinstance(config.initial, MethodConfig):
             merged = apply_method(config.initial, base, tasks, roles[name], vectors.generator(name))
             parameter.data = (base + merged).contiguous()
         scales[path] = total([task.abs_() for task in tasks])
-    return scales
+    return Moves(None if config.parametrization == "parameters" else scales, factors)
+
+
+def _start_in_factors(config: FDAConfig, name: str, vectors: TaskVectors, rank: int) -> LowRank:
+    """The nearest product of a rank to the start of a tensor's task vector; from the base a left factor of zero beside
+    the right one of the sum of the sources' task vectors."""
+    method = config.initial if isinstance(config.initial, MethodConfig) else TaskArithmeticConfig()
+    merged: LowRank | Tensor | None = vectors.merged_factors(name, method)
+    if merged is None:
+        merged = vectors.merged_task(name, method).to(vectors.device)
+    start = factorise(merged, Budget(rank), rank).product.to(vectors.device, torch.float32)
+    return start if isinstance(config.initial, MethodConfig) else start.from_zero()

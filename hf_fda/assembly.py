@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hf_fda import costs
 from hf_fda.blocks import Unit
-from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
 from hf_fda.devices import release_memory
 from hf_fda.footprint import AHEAD_BYTES, Footprint
@@ -23,6 +22,7 @@ from hf_fda.recipes import Recipe, out_dtype
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
 from hf_fda.taskvectors import TaskVectors
+from hf_fda.unit_files import read_adapted
 from hf_fda.version import versions
 from hf_fda.workers import Workers
 
@@ -120,6 +120,12 @@ class CheckpointAssembly(Assembly):
         specs = {name: (str(spec.dtype), spec.shape) for name, spec in shard.specs.items()}
         return key_of("shard", rules, specs, units, self.fingerprints, versions())
 
+    def _adapted(self, name: str, recipe: Recipe) -> Tensor:
+        """A tensor that was adapted with its unit."""
+        path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
+        found = read_adapted(path, name, self.plan.inputs.base.shape(name))
+        return found if isinstance(found, Tensor) else self.plan.inputs.base.read(name).float() + found.dense()
+
     def _fill(self, path: Path, shard: Shard) -> str:
         """Write a weight file tensor by tensor, the next ones being merged meanwhile; its hash."""
         result, written = self.plan.result, 0
@@ -148,8 +154,7 @@ class CheckpointAssembly(Assembly):
         recipe, own = self.plan.result.recipes[name], self.plan.result.base_names.get(name)
         dtype = out_dtype(self.plan.inputs, self.plan.result, name, self.plan.dtype)
         if recipe.rule == "unit":
-            path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
-            return read_tensor(path, read_header(path)[self.plan.result.base_names[name]]).to(dtype)
+            return self._adapted(self.plan.result.base_names[name], recipe).to(dtype)
         if recipe.rule == "base":
             return self.plan.inputs.base.read(self.plan.result.base_names[name]).to(dtype)
         assert recipe.config is not None

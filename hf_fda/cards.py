@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from hf_fda.anchors.container import AnchorsInfo
 
 
-STATED = ("rank", "energy", "tokenizer", "pad_to_multiple_of")
+STATED = ("tokenizer", "pad_to_multiple_of")
 """Arguments that a card lists where they were given."""
+
+ROUNDING = 1e-5
+"""Share of a norm below which what factors leave out is rounding."""
 
 
 @cache
@@ -53,14 +57,17 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], report: A
         metadata["license"] = licence
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
     settings |= {name: arguments[name] for name in STATED if name in arguments}
+    if report is not None:
+        settings |= _budget(arguments, report)
     return _render(
         "merged_model.md.jinja",
         metadata=metadata,
         title=f"{', '.join(arguments['sources'])}: merged by {arguments['method']}",
         where="PATH_OR_HUB_ID",
         method=arguments["method"],
-        base=arguments["base"],
-        sources=arguments["sources"],
+        base=shown(arguments["base"]),
+        base_call=_call(arguments["base"]),
+        sources={name: shown(id) for name, id in arguments["sources"].items()},
         settings={name: _words(value) for name, value in settings.items()},
         facts=facts,
         report=report,
@@ -118,9 +125,32 @@ def output_licence(licences: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def hub_name(id: str) -> str | None:
-    """The Hub name in a recorded id, "org/name@commit" with the whole commit hash; None for a folder."""
-    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@[0-9a-f]{40}", id)
+    """The Hub name in a recorded id, "org/name@commit" or "org/name/folder@commit" with the whole commit hash; None for
+    a folder on a disk."""
+    match = re.fullmatch(r"(?!datasets/)([\w.-]+(?:/[\w.-]+)?)(?:/[\w.-]+)*@[0-9a-f]{40}", id)
     return match[1] if match else None
+
+
+def shown(id: str) -> str:
+    """A model's id for readers elsewhere: of a folder on a disk its own name alone.
+
+    >>> shown("/home/me/models/sst2")
+    'sst2 (a folder, not on the Hub)'
+    """
+    here = Path(id).is_absolute() or id.startswith((".", "~")) or os.path.isdir(id)
+    return f"{Path(id).name} (a folder, not on the Hub)" if here else id
+
+
+def _call(id: str) -> str:
+    """The arguments by which a library opens a recorded model; of one that is not on the Hub, what has to be said."""
+    name = hub_name(id)
+    return f'"{name}", revision="{id.partition("@")[2]}"' if name else '"PATH_TO_BASE"'
+
+
+def _budget(arguments: Mapping[str, Any], report: AdapterReport) -> dict[str, Any]:
+    """What limits a merged adapter's factors."""
+    given = {name: arguments[name] for name in ("rank", "energy") if arguments.get(name) is not None}
+    return given or {"rank": "exact" if report.error < ROUNDING else "that of the sources together"}
 
 
 def _render(template: str, metadata: Mapping[str, Any], **values: Any) -> str:

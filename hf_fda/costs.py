@@ -5,7 +5,7 @@ What a piece costs decides which process does it, and at a measured speed (`hf_f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ output and parameter gradients, and the second pass through all of these with re
 
 STEP_PASSES = 30
 """Times a construction step reads or writes every parameter's gradient and task vector for their cosines."""
+
+FACTOR_PRODUCTS = 3
+"""Products of thin factors in an adaptation step: the gradient of each, and what both make."""
 
 ADAM_PASSES = 16
 """Times an adaptation step reads or writes every parameter."""
@@ -102,7 +105,9 @@ def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
     )
 
 
-def adaptation(base: Checkpoint, config: FDAConfig, unit: Unit, sources: int) -> Work:
+def adaptation(
+    base: Checkpoint, config: FDAConfig, unit: Unit, sources: int, ranks: Mapping[str, int] | None = None
+) -> Work:
     """All passes of adapting one unit to the anchors of all sources, from where it starts.
 
     Args:
@@ -110,15 +115,19 @@ def adaptation(base: Checkpoint, config: FDAConfig, unit: Unit, sources: int) ->
         config: complete.
         unit: which.
         sources: number of sources.
+        ranks: by tensor, of the thin factors that are stepped on.
     """
     initial = config.initial if not isinstance(config.initial, (str, type(None))) else None
     anchors, epochs = (config.num_anchors or 0) * sources, config.epochs or 0
     tokens, steps = anchors * tokens_of(base, config), epochs * ceil(anchors / (config.batch_size or 128))
     parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
     activations = 4 * tokens * outputs(base, unit.tensors)
-    read = 2 + (sources if config.parametrization == "coefficients" or initial is not None else 0)
+    factored = sum(
+        prod(base.layout.shapes[name]) * rank for name, rank in (ranks or {}).items() if name in unit.tensors
+    )
+    read = 2 + (sources if config.parametrization != "parameters" or initial is not None else 0)
     work = Work(
-        flops=epochs * 3 * 2 * tokens * active_entries(base, unit.tensors),
+        flops=epochs * 3 * 2 * tokens * active_entries(base, unit.tensors) + steps * FACTOR_PRODUCTS * 2 * factored,
         moved=steps * ADAM_PASSES * parameters + epochs * ADAPTATION_ACTIVATION_PASSES * activations,
         files=read * parameters + 2 * 4 * tokens * width(base),
         calls=steps * ADAPTATION_CALLS * len(unit.tensors),

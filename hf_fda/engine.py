@@ -211,7 +211,7 @@ class Engine:
             return lambda path: save_tensors(path, adapted)
 
         sources = len(self.plan.sources_of(unit))
-        cost = costs.adaptation(self.base, self.plan.config, unit, sources).weight
+        cost = costs.adaptation(self.base, self.plan.config, unit, sources, self.plan.ranks).weight
         return Piece(f"adapt {unit.name}", f"{BLOCKS}/{unit.name}.safetensors", self._unit_keys[unit.name], cost, make)
 
     @cached_property
@@ -222,7 +222,9 @@ class Engine:
     def _unit_key(self, unit: Unit) -> str:
         config = self.plan.config
         anchors = [self._anchors_key(source, unit) for source in self.plan.sources_of(unit)]
-        return key_of("unit", unit.name, config.options(), anchors, self.fingerprints, self.plan.seed, versions())
+        ranks = {name: self.plan.ranks[name] for name in unit.tensors if name in self.plan.ranks}
+        facts = config.options(), ranks, anchors, self.fingerprints, self.plan.seed, versions()
+        return key_of("unit", unit.name, *facts)
 
 
 def _what(name: str) -> str:

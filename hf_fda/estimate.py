@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -26,13 +26,14 @@ def peak_memory_bytes(
     shards: Sequence[Shard],
     dtype: torch.dtype | None,
     adapter: AdapterPlan | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
     writing = [Footprint(inputs, result, dtype).peak(shard) for shard in shards]
     stages = writing if adapter is None else [_factor_stage(inputs, adapter)]
     if isinstance(config, FDAConfig) and units:
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
-        stages.append(max(adaptation_bytes(inputs, config, unit) for unit in units))
+        stages.append(max(adaptation_bytes(inputs, config, unit, ranks or {}) for unit in units))
     read = [adapter_of(own.checkpoint) for own in inputs.weighted]
     return max(stages) + sum(t.nbytes for own in read if own is not None for t in own.files.tensors.values())
 
@@ -50,7 +51,18 @@ def adapter_bytes(inputs: Inputs, adapter: AdapterPlan) -> int:
 
 def _kept_entries(inputs: Inputs, target: Target, adapter: AdapterPlan) -> int:
     shape = inputs.base.shape(target.base_name)
-    return prod(shape) if target.form != "factors" else adapter.rank_of(target) * (shape[0] + prod(shape[1:]))
+    return factor_entries(shape, adapter.rank_of(target)) if target.factored else prod(shape)
+
+
+def factor_entries(shape: tuple[int, ...], rank: int) -> int:
+    """Entries of both factors of a tensor: of a matrix, of each in a stack, or of what counts as a matrix.
+
+    >>> factor_entries((8, 6), 2)
+    28
+    """
+    if len(shape) == 3:
+        return shape[0] * rank * (shape[1] + shape[2])
+    return rank * (shape[0] + prod(shape[1:]))
 
 
 def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
@@ -59,15 +71,23 @@ def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     return entries * 4 * 14 + _activations(inputs, config, unit) * 4 * 8
 
 
-def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
+def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit, ranks: Mapping[str, int]) -> int:
     """Parameters, gradients, two moments, the step and its scale, the start to stay near to; the tensor that is read
-    from all sources; anchors, targets and metrics."""
+    from all sources, with its decomposition where it is factored; anchors, targets and metrics.
+
+    What is factored has of itself the parameter, the base's, the gradient and the product; all else of its factors.
+    """
     largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
     size, tokens = width(inputs.base), (config.num_anchors or 0) * tokens_of(inputs.base, config)
     metric = size * size if config.adaptation_distance == "shift" else 0
     anchors = len(inputs.sources) * (tokens * size * 2 + metric)
     copies = 8 if config.interpolation == 1 else 9
-    return (_entries(inputs, unit.tensors) * copies + largest + anchors) * 4
+    factored = [name for name in unit.tensors if name in ranks]
+    thin = sum(factor_entries(inputs.base.shape(name), ranks[name]) for name in factored)
+    dense = _entries(inputs, unit.tensors) - _entries(inputs, factored)
+    own = (dense + thin) * copies + _entries(inputs, factored) * 4
+    decomposed = max((_entries(inputs, [name]) for name in factored), default=0) * 6
+    return (own + largest + decomposed + anchors) * 4
 
 
 def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:

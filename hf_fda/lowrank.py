@@ -56,6 +56,10 @@ class LowRank:
         """The same on another device, in another type."""
         return LowRank(self.left.to(device, dtype), self.right.to(device, dtype), self.shape)
 
+    def from_zero(self) -> LowRank:
+        """A product that is zero, and may become anything with this one's right factor."""
+        return LowRank(torch.zeros_like(self.left), self.right, self.shape)
+
     def scaled(self, factor: float) -> LowRank:
         """The tensor times a number."""
         return LowRank(self.left * factor, self.right, self.shape)
@@ -148,6 +152,13 @@ class Factored:
     norm: float
 
 
+def kept(product: LowRank) -> Factored:
+    """A product as it is."""
+    left, right = product.left.double(), product.right.double()
+    squared = ((left.mT @ left) * (right @ right.mT)).sum()
+    return Factored(product, 0.0, float(squared.clamp_min(0)) ** 0.5)
+
+
 RANDOMISED = 1024
 """A dense matrix whose smaller side is longer is decomposed by random projection where little of it is kept."""
 
@@ -168,7 +179,7 @@ def factorise(tensor: LowRank | Tensor, budget: Budget, limit: int) -> Factored:
     else:
         matrix = tensor.flatten(1) if tensor.ndim == 4 else tensor
         kept = min(budget.rank or limit, limit)
-        if min(matrix.shape[-2:]) > RANDOMISED and matrix.ndim == 2 and 4 * kept < min(matrix.shape):
+        if min(matrix.shape[-2:]) > RANDOMISED and 4 * kept < min(matrix.shape[-2:]):
             return _randomised(matrix, tensor.shape, budget, kept)
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         found = Spectrum(u, s, vh, tuple(tensor.shape))
@@ -181,17 +192,17 @@ def factorise(tensor: LowRank | Tensor, budget: Budget, limit: int) -> Factored:
 def _randomised(matrix: Tensor, shape: Sequence[int], budget: Budget, kept: int) -> Factored:
     """By subspace iteration from a few more random directions than are kept (Halko et al., arXiv 0909.4061)."""
     generator = torch.Generator(matrix.device).manual_seed(0)
-    columns = min(kept + 10, min(matrix.shape))
-    basis = torch.randn(matrix.shape[1], columns, generator=generator, device=matrix.device, dtype=matrix.dtype)
+    size = (*matrix.shape[:-2], matrix.shape[-1], min(kept + 10, min(matrix.shape[-2:])))
+    basis = torch.randn(size, generator=generator, device=matrix.device, dtype=matrix.dtype)
     left = torch.linalg.qr(matrix @ basis)[0]
     for _ in range(4):
         left = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ left)[0])[0]
     u, s, vh = torch.linalg.svd(left.mT @ matrix, full_matrices=False)
     found = Spectrum(left @ u, s, vh, tuple(shape))
-    whole = float(matrix.square().sum())
-    rank = kept
+    of_each = matrix.square().sum((-2, -1), keepdim=True).squeeze(-1).double()
+    whole, rank = float(of_each.sum()), kept
     if budget.energy is not None:
-        share = s.double().square().cumsum(0) / max(whole, torch.finfo(torch.float64).tiny)
-        rank = min(kept, int((share < budget.energy).sum()) + 1)
-    error = max(whole - float(s[:rank].square().sum()), 0.0)
+        share = s.double().square().cumsum(-1) / of_each.clamp_min(torch.finfo(torch.float64).tiny)
+        rank = min(kept, int((share < budget.energy).sum(-1).max()) + 1)
+    error = max(whole - float(s[..., :rank].square().sum()), 0.0)
     return Factored(found.truncated(rank), (error / whole) ** 0.5 if whole else 0.0, whole**0.5)

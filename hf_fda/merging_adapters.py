@@ -14,10 +14,10 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_fda.adapters.changes import plain_name
 from hf_fda.adapters.checkpoint import AdapterCheckpoint
-from hf_fda.adapters.files import REPLAYED, UNREPEATABLE, WEIGHTS, from_model
+from hf_fda.adapters.files import REPLAYED, UNREPEATABLE, WEIGHTS, named_in
 from hf_fda.adapters.report import AdapterReport
+from hf_fda.adapters.skeleton import plain_name, skeleton_of
 from hf_fda.checkpoint.reader import ModelCheckpoint
 from hf_fda.errors import InputError, nearest
 from hf_fda.merge_methods import MethodConfig
@@ -41,9 +41,9 @@ def merge_adapters(
     """Merge adapters of a model into a new adapter of it: the counterpart of PEFT's `add_weighted_adapter`.
 
     Neither the base's weights nor any other adapter is touched, and the active adapter stays active
-    (`peft_model.set_adapter(adapter_name)` makes the new one so). Adapters of any kinds that merge into weights, of any
-    ranks and targets, merge together; the new one is LoRA. It goes with the base as it is in memory: where PEFT has
-    changed that, as it does for adapters initialised by PiSSA or OLoRA, the new adapter is none of the original base.
+    (`peft_model.set_adapter(adapter_name)` makes the new one so). Adapters of LoRA in all its forms, of any ranks and
+    targets, merge together. The new one goes with the base as it is in memory: where PEFT has changed that, as it does
+    for adapters initialised by PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA, it is none of the original base.
 
     Args:
         peft_model: the model; its adapters may not be merged into its weights at the moment.
@@ -74,7 +74,7 @@ def merge_adapters(
     base = _InjectedBase(model, "the model's base", _base_state(model))
     sources = {}
     for name in adapters:
-        files = from_model(peft_model, name, embeddings=False)
+        files = named_in(peft_model, name)
         start = getattr(files.config, "init_lora_weights", True)
         if isinstance(start, str) and start.startswith((*REPLAYED, *UNREPEATABLE)):
             logger.warning(
@@ -85,7 +85,7 @@ def merge_adapters(
             )
         if hasattr(files.config, "init_lora_weights"):
             files.config.init_lora_weights = True  # the base in memory is what the adapter was initialised to go with
-        sources[name] = AdapterCheckpoint(files, base)
+        sources[name] = AdapterCheckpoint(files, base, skeleton_of(peft_model, name, base.layout))
     with tempfile.TemporaryDirectory(prefix="hf_fda-") as folder:
         merged = merge(
             base,
@@ -129,6 +129,12 @@ def _check_names(peft_model: PeftModel, adapters: Sequence[str], adapter_name: s
         raise InputError(f"the model has an adapter '{adapter_name}' already; choose another name, or delete it first")
     if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", str(adapter_name)):
         raise InputError(f"adapter_name '{adapter_name}': use letters, digits, '_' and '-'")
+    kinds = {str(getattr(own.peft_type, "value", own.peft_type)) for own in peft_model.peft_config.values()}
+    if kinds != {"LORA"}:
+        raise InputError(
+            f"the model's adapters are {', '.join(sorted(kinds))}, a merged one is LORA, and PEFT keeps those of one "
+            "kind in a model: save them and merge their folders, hf_fda.merge(..., as_adapter=True)"
+        )
     if any(getattr(module, "merged", False) is True for module in peft_model.modules()):
         raise InputError("an adapter is merged into the model's weights; call unmerge_adapter() first")
 
@@ -139,10 +145,13 @@ def _base_state(model: Any) -> dict[str, Tensor]:
     return {plain_name(name): own for name, own in state.items()}
 
 
-def _add(peft_model: PeftModel, name: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+def _add(peft_model: PeftModel, name: str, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """Put a new adapter into a model, or leave the model as it was."""
     inner: Any = peft_model.base_model
     active = inner.active_adapters
+    said = [own for other in peft_model.peft_config.values() if (own := getattr(other, "target_parameters", None))]
+    if said and getattr(config, "target_parameters", None):
+        config.target_parameters = said[0]  # PEFT wants the same words of all adapters
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

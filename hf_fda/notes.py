@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.adapters.targets import AdapterPlan
+from hf_fda.cards import shown
 from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
@@ -12,7 +15,13 @@ from hf_fda.progress import logger
 from hf_fda.recipes import Output
 
 
-def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: AdapterPlan | None) -> list[str]:
+def notes_of(
+    inputs: Inputs,
+    config: MethodConfig,
+    result: Output,
+    adapter: AdapterPlan | None,
+    ranks: Mapping[str, int] | None = None,
+) -> list[str]:
     """What a plan, a card and a log say beside the facts.
 
     Args:
@@ -20,8 +29,9 @@ def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: Adap
         config: the merge method, complete.
         result: how every tensor of the merged model is made.
         adapter: the adapter that is written, if one is.
+        ranks: of the factors that adaptation steps on.
     """
-    notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter)]
+    notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(inputs, adapter)]
     if not inputs.base.layout.known:
         notes.append(
             f"transformers does not know {inputs.base.layout.model_class.__name__}: it is merged tensor by tensor, by "
@@ -41,9 +51,37 @@ def notes_of(inputs: Inputs, config: MethodConfig, result: Output, adapter: Adap
         notes.append(f"base: left out, as its class has no place for it: {few(inputs.base.unexpected)}")
     if result.layout is not inputs.base.layout:
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
+    if isinstance(config, FDAConfig) and config.parametrization == "factors":
+        notes.append(_stepped_on(ranks or {}))
     if isinstance(config, FDAConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
+
+
+def _stepped_on(ranks: Mapping[str, int]) -> str:
+    """What adaptation steps on where it was asked for factors."""
+    if not ranks:
+        return "no matrix of the blocks is of low rank here, so adaptation steps on coefficients throughout"
+    low, high = min(ranks.values()), max(ranks.values())
+    of_rank = f"of rank {high}" if low == high else f"of ranks {low} to {high}"
+    return f"adaptation steps on thin factors {of_rank} in {len(ranks)} matrices, on coefficients in the rest"
+
+
+def _tied(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
+    """A warning where whole models may have changed two tied tensors, of which an adapter changes one."""
+    if adapter is None:
+        return []
+    targets = {target.base_name for target in adapter.targets}
+    whole = [f"'{own.name}'" for own in inputs.weighted if not isinstance(own.checkpoint, AdapterCheckpoint)]
+    pairs = [(name, other) for other, name in inputs.base.layout.tied.items() if name in targets and whole]
+    said = [
+        f"'{other}' is tied to '{name}': where {few(whole)} changed both, the adapter changes '{name}' alone, a full "
+        "checkpoint both"
+        for name, other in pairs
+    ]
+    for line in said:
+        logger.warning(line)
+    return said
 
 
 def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> list[str]:
@@ -54,7 +92,10 @@ def _another_base(name: str, adapter: AdapterCheckpoint, base: Checkpoint) -> li
     theirs, ours = (str(id).partition("@")[0].rstrip("/").rpartition("/")[2] for id in (stated, base.id))
     if theirs == ours:
         return []
-    said = f"source '{name}': its configuration says that it was trained on '{stated}', the base is '{base.id}'"
+    said = (
+        f"source '{name}': its configuration says that it was trained on '{shown(stated)}', the base is "
+        f"'{shown(base.id)}'"
+    )
     logger.warning(said)
     return [said]
 
@@ -63,7 +104,7 @@ def _adapter_notes(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
     """Which sources are the reason that an adapter without a budget is not thin."""
     if adapter is None or adapter.budget.rank is not None or adapter.budget.energy is not None:
         return []
-    factored = [target.base_name for target in adapter.targets if target.form == "factors"]
+    factored = [target.base_name for target in adapter.targets if target.factored]
     thick = [
         f"'{source.name}'"
         for source in inputs.weighted

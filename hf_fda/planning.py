@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_fda.adapters import AdapterCheckpoint, adapter_of
-from hf_fda.adapters.targets import plan_adapter
+from hf_fda.adapters.targets import adapted_ranks, plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.alignment import AlignedSource
@@ -95,20 +95,20 @@ def plan(
     Raises:
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
-    config = resolve_method(method, options)
+    given = resolve_method(method, options)
     if data is not None:
-        raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
+        raise InputError(f"data: method '{given.name}' merges from weights alone; leave it out")
     settings = Settings.checked(output, device, dtype, seed, heads, max_shard_bytes, as_adapter, rank, energy)
     inputs = open_inputs(
         base, sources, anchors, trust_remote_code, tokenizer, tokens, chat_template, pad_to_multiple_of
     )
-    checked = make_plan(inputs, config, settings)
+    checked = make_plan(inputs, given, settings)
     return checked if processes is None else replace(checked, time=predict(checked, processes))
 
 
 def make_plan(
     inputs: Inputs,
-    config: MethodConfig,
+    given: MethodConfig,
     settings: Settings,
     described: Described | None = None,
 ) -> Plan:
@@ -116,7 +116,7 @@ def make_plan(
 
     Args:
         inputs: base and sources.
-        config: the merge method.
+        given: the merge method.
         settings: where and how it is written.
         described: what the configuration says that the merge was read from.
 
@@ -125,7 +125,7 @@ def make_plan(
     """
     _check_apart(settings.output, inputs)
     _check_vocabulary(settings, inputs)
-    config = _complete(config, inputs)
+    config = _complete(given, inputs, as_adapter=settings.budget is not None)
     _check_trim(config, settings, described)
     units = _units(config, inputs)
     result = decide(inputs, config, units, settings.heads, described.at if described is not None else None)
@@ -136,6 +136,10 @@ def make_plan(
         shards = plan_shards(_groups(inputs, result, settings.torch_dtype), settings.max_shard_bytes)
     else:
         _check_moves(result)
+    factored = isinstance(config, FDAConfig) and config.parametrization == "factors"
+    ranks = adapted_ranks(inputs, units, adapter) if factored else {}
+    if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
+        config = _complete(replace(given, parametrization="coefficients"), inputs, as_adapter=True)
     return Plan(
         inputs=inputs,
         config=config,
@@ -148,10 +152,13 @@ def make_plan(
         seed=settings.seed,
         heads=settings.heads,
         arguments=record(inputs, config, settings, described),
-        peak_memory_bytes=peak_memory_bytes(inputs, config, units, result, shards, settings.torch_dtype, adapter),
+        peak_memory_bytes=peak_memory_bytes(
+            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks
+        ),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
-        notes=tuple(notes_of(inputs, config, result, adapter)),
+        notes=tuple(notes_of(inputs, config, result, adapter, ranks)),
         adapter=adapter,
+        ranks=ranks,
     )
 
 
@@ -181,7 +188,9 @@ def _check_ties(inputs: Inputs, result: Output) -> None:
             continue
         for other, name in result.layout.tied.items():
             own = result.base_names.get(name)
-            if own is not None and result.recipes[name].rule != "base" and _changes(adapter, source, own):
+            if own is None or result.recipes[name].rule == "base" or not _changes(adapter, source, own):
+                continue
+            if not adapter.keeps_ties(source.tensor_of[own]):
                 raise InputError(
                     f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
                     f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
@@ -234,7 +243,7 @@ def _check_trim(config: MethodConfig, settings: Settings, described: Described |
                 refuse_global(own, "method 'fda'")
 
 
-def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
+def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodConfig:
     """The config with the weights in the order of the sources and every open option filled in."""
     names = [source.name for source in inputs.sources]
     without = [source.name for source in inputs.sources if source.weights is None]
@@ -245,13 +254,18 @@ def _complete(config: MethodConfig, inputs: Inputs) -> MethodConfig:
     for role in ("initial", "rest"):
         if without and getattr(config, role) not in (None, "base"):
             raise InputError(f"source '{without[0]}' is anchors only; {role} must then be 'base', or give its weights")
-    if without and config.parametrization == "coefficients":
+    if without and config.parametrization in ("coefficients", "factors"):
         raise InputError(
             f"source '{without[0]}' is anchors only and has no task vector; parametrization must then be 'parameters'"
         )
     require_blocks(inputs.base.layout)
-    thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
-    config = config.with_sources(names, all_have_weights=not without, all_thin=thin)
+    thick = [source.name for source in inputs.weighted if adapter_of(source.checkpoint) is None]
+    if thick and config.parametrization == "factors" and not as_adapter:
+        raise InputError(
+            f"source '{thick[0]}' is no adapter, so its task vector has no thin factors; parametrization must then be "
+            "'coefficients' or 'parameters', or the output an adapter (as_adapter=True)"
+        )
+    config = config.with_sources(names, not without, all_thin=not thick, as_adapter=as_adapter)
     size = hidden_size(inputs.base.config)
     return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Plan:
     """A merge, checked. `print(plan)` tells what will happen; `hf_fda.engine.run(plan)` does it.
 
     `units` are what function-space methods merge one by one; `shards` the weight files that will be written, or
-    `adapter` the adapter;
+    `adapter` the adapter; `ranks` of the thin factors that adaptation steps on, by the base's names of tensors;
     `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `time`
     is how long it will take, where that was asked for; `notes` say what a user may not expect.
     """
@@ -45,6 +46,7 @@ class Plan:
     disk_bytes: int
     notes: tuple[str, ...] = field(default=())
     adapter: AdapterPlan | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
     time: Prediction | None = None
 
     @property

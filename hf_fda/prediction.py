@@ -93,7 +93,7 @@ def predict(plan: Plan, processes: int) -> Prediction:
         for _, unit in plan.constructions:
             constructing.append(speed.seconds(costs.construction(inputs.base, config, unit), CONSTRUCTION_EFFICIENCY))
         for unit in plan.units:
-            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)))
+            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)), plan.ranks)
             adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
     writing = [speed.seconds(costs.writing(inputs, plan.result, shard)) for shard in plan.shards]
     return Prediction(processes, *(makespan(stage, processes) for stage in (constructing, adapting, writing)))

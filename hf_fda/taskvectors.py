@@ -65,6 +65,10 @@ class TaskVectors:
         self.cuts: Sequence[Cut] = ()
         """For methods that trim whole task vectors, which entries of each source stay, once that is known."""
 
+    def may_move(self, name: str) -> bool:
+        """Whether any source may differ from the base in a tensor."""
+        return any(source.may_move(name) for source in self.inputs.weighted)
+
     def read(self, name: str, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the sources' task tensors, on the device.
 

@@ -179,6 +179,111 @@ def test_fda_merges_adapters(tmp_path: Path) -> None:
     assert all(outputs(merged.load(task), "bert").isfinite().all() for task in merged.tasks)
 
 
+THIN = (
+    "plain",
+    "rslora",
+    "lora_bias",
+    "bias-all",
+    "patterns",
+    "layers",
+    "modules_to_save",
+    "embedding",
+    "pissa",
+    "olora",
+)
+SYMMETRIC = ("linear", "task_arithmetic", "cat", "svd", "ties", "magnitude_prune", "tsv", "isotropic", "wudi", "knots")
+
+
+@pytest.fixture(scope="module")
+def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A base and an adapter of every kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    base = make_base("bert")
+    base.save_pretrained(folder / "base")
+    kinds = enumerate(sorted(KINDS))
+    return folder / "base", {kind: str(save(base, KINDS[kind]("bert"), folder / kind, seed)) for seed, kind in kinds}
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"),
+    [
+        *(pytest.param(method, THIN, id=f"{method}-thin") for method in SYMMETRIC),
+        # KnOTS elects signs in a basis of singular vectors, and many close singular values leave these to rounding
+        *(pytest.param(method, tuple(sorted(KINDS)), id=f"{method}-all") for method in SYMMETRIC if method != "knots"),
+    ],
+)
+def test_the_order_of_adapters_does_not_matter(
+    method: str, kinds: tuple[str, ...], all_kinds: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    base, folders = all_kinds
+    names, found = sorted(kinds), []
+    for place, order in (("there", names), ("back", names[::-1]), ("turned", names[4:] + names[:4])):
+        sources = {name: folders[name] for name in order}
+        found.append(load_file(merge(base, sources, tmp_path / place, method=method).folder / "model.safetensors"))
+    start = load_file(base / "model.safetensors")
+    moved = sum(float((found[0][name] - start[name]).square().sum()) for name in start) ** 0.5
+    assert moved > 0.1
+    for other in found[1:]:
+        apart = sum(float((found[0][name] - other[name]).square().sum()) for name in start) ** 0.5
+        assert apart < 1e-4 * moved
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "qwen2", "t5"])
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_adapters_that_train_some_tokens_are_merged(family: str, as_adapter: bool, tmp_path: Path) -> None:
+    base = make_base(family)
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=LINEAR.get(family, ["q_proj"]), trainable_token_indices=[1, 5, 7])
+    folder = save(base, config, tmp_path / "adapter")
+    options = {"method": "task_arithmetic", "scaling": 1.0, "as_adapter": as_adapter}
+    if as_adapter and base.all_tied_weights_keys:
+        with pytest.raises(hf_fda.InputError, match=r"what is tied to it, 'lm_head.weight'"):
+            merge(tmp_path / "base", {"own": str(folder)}, tmp_path / "merged", **options)
+        return
+    merged = merge(tmp_path / "base", {"own": str(folder)}, tmp_path / "merged", **options)
+    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(base), folder), family)
+    assert relative(outputs(base, family), expected) > 1e-3
+    assert relative(outputs(merged.load("own" if merged.tasks else None), family), expected) <= 1e-5
+    if as_adapter:
+        assert merged.report.ranks == "2 to 3"
+
+
+class TestFolders:
+    """PEFT saves adapters that are not called "default" in folders of their names."""
+
+    @pytest.fixture
+    def saved(self, tmp_path: Path) -> Path:
+        base = make_base("llama")
+        base.save_pretrained(tmp_path / "base")
+        model: Any = train(base, KINDS["plain"]("llama"), seed=1)
+        model.add_adapter("second", KINDS["rslora"]("llama"))
+        model.save_pretrained(tmp_path / "both", selected_adapters=["second"])
+        return tmp_path / "both"
+
+    def test_the_only_one_is_found_and_each_can_be_named(self, saved: Path, tmp_path: Path) -> None:
+        direct = merge(tmp_path / "base", {"own": str(saved / "second")}, tmp_path / "direct", method="linear")
+        found = merge(tmp_path / "base", {"own": str(saved)}, tmp_path / "found", method="linear")
+        files = [folder / "model.safetensors" for folder in (direct.folder, found.folder)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert f"{saved}/second" in (found.folder / "merge_config.yaml").read_text()
+
+    def test_several_are_listed(self, saved: Path, tmp_path: Path) -> None:
+        save(make_base("llama"), KINDS["plain"]("llama"), saved / "first")
+        with pytest.raises(hf_fda.InputError) as caught:
+            merge(tmp_path / "base", {"own": str(saved)}, tmp_path / "out", method="linear")
+        assert f"say which: '{saved}/first', '{saved}/second'" in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+    def test_an_adapter_beside_folders_of_others_is_the_one(self, saved: Path, tmp_path: Path) -> None:
+        plain = save(make_base("llama"), KINDS["plain"]("llama"), tmp_path / "plain")
+        save(make_base("llama"), KINDS["plain"]("llama"), saved)
+        merged = [
+            merge(tmp_path / "base", {"own": str(folder)}, tmp_path / f"m-{folder.name}", method="linear").folder
+            for folder in (plain, saved)
+        ]
+        assert len({(folder / "model.safetensors").read_bytes() for folder in merged}) == 1
+
+
 class TestRefusals:
     """Adapters that cannot be merged rightly are refused by name, with nothing written."""
 
@@ -202,7 +307,7 @@ class TestRefusals:
             ({"use_qalora": True}, ["use_qalora", "not understood"]),
             ({"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens"]),
             ({"layer_replication": [[0, 1]]}, ["layer_replication"]),
-            ({"trainable_token_indices": [1]}, ["trainable_token_indices"]),
+            ({"trainable_token_indices": [1]}, ["trainable_tokens_delta"]),
             ({"init_lora_weights": "corda"}, ["corda", "path_initial_model_for_weight_conversion"]),
             ({"init_lora_weights": "pissa_niter_4"}, ["pissa_niter_4"]),
             ({"of_the_future": 1}, ["of_the_future", "update peft"]),

@@ -13,7 +13,7 @@ import torch
 from conftest import fine_tune, make_model
 from torch import Tensor, nn
 
-from hf_fda.anchors import CoefficientAdam, Objective, adapt_unit, construct_unit
+from hf_fda.anchors import CoefficientAdam, Moves, Objective, adapt_unit, construct_unit
 from hf_fda.anchors.construction import (
     gradient_cosines,
     induced_gradients,
@@ -486,7 +486,7 @@ def adapt(
     shifts = [target - call(module, x) for x, target in zip(anchors, targets, strict=True)]
     objective = Objective(kind, anchors, targets, shifts, power)
     scales = None if tasks is None else {name: magnitudes([task[name] for task in tasks]) for name in tasks[0]}
-    return adapt_unit(copy.deepcopy(module), call, objective, scales, **settings)
+    return adapt_unit(copy.deepcopy(module), call, objective, Moves(scales), **settings)
 
 
 def two_sources() -> tuple[nn.Module, list[Tensor], list[Tensor], list[dict[str, Tensor]]]:

@@ -26,6 +26,7 @@ import transformers as t
 import yaml
 from conftest import TEXT, fine_tune
 from hub_server import FakeHub
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from vocabularies import MARKERS, bpe, llama, save, tuned
 
@@ -256,6 +257,31 @@ def test_sources_of_a_list_are_named_after_their_repositories_whatever_the_revis
 
 
 # -- merge -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_in_a_folder_of_a_repository_is_merged(
+    hub: FakeHub, away: Away, offline: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["query"])
+    model: Any = get_peft_model(t.BertModel.from_pretrained(folders["base"]), config, "first")
+    model.add_adapter("second", config)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    model.save_pretrained(tmp_path / "adapters")
+    expected = merge(str(folders["base"]), [tmp_path / "adapters/second"], tmp_path / "local", method="linear")
+    hub.publish("me/adapters", tmp_path / "adapters")
+    for number, call in enumerate((away, offline)):
+        pulled = call(merge, "org/base", ["me/adapters/second"], tmp_path / f"pulled{number}", method="linear")
+        assert contents(pulled) == contents(expected)
+        commit = commit_of(hub, "me/adapters")
+        assert f"second: me/adapters/second@{commit}" in (pulled / "merge_config.yaml").read_text()
+        metadata = yaml.safe_load((pulled / "README.md").read_text(encoding="utf-8").split("---")[1])
+        assert metadata["base_model"] == ["org/base", "me/adapters"]
+    with pytest.raises(InputError, match="say which: 'me/adapters/first', 'me/adapters/second'"):
+        away(plan, "org/base", {"own": "me/adapters"}, tmp_path / "out", method="linear")
+    with pytest.raises(InputError, match="'me/adapters' has none of that name"):
+        away(plan, "org/base", {"own": "me/adapters/third"}, tmp_path / "out", method="linear")
 
 
 def test_a_merge_from_hub_ids_equals_that_of_the_folders(

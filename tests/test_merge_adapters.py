@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import KINDS, make_base, outputs, relative, train
+from adapters import KINDS, LINEAR, make_base, outputs, relative, train
 from conftest import make_model
-from peft import LoraConfig, PeftModel
+from peft import LoftQConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 
 import hf_fda
@@ -80,6 +84,74 @@ def test_one_adapter_gives_itself_and_nothing_else_changes(family: str, kind: st
     assert report.error < 1e-5
     with model.disable_adapter():
         assert relative(outputs(model, family), expected) > 1e-3
+
+
+def prepared(base: Any, start: str) -> LoraConfig:
+    """A configuration whose initialisation changes the base, after what that needs to see."""
+    ids = torch.randint(1, 99, (1, 8), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"r": 3, "init_lora_weights": start, "target_modules": LINEAR["llama"]}
+    if start == "corda":
+        config = LoraConfig(**options, corda_config=CordaConfig(corda_method="kpm"))
+        preprocess_corda(base, config, run_model=lambda: base(ids))
+        return config
+    if start == "lora_ga":
+        config = LoraConfig(**options, lora_ga_config=LoraGAConfig())
+        preprocess_loraga(base, config, lambda: base(ids, labels=ids).loss.backward())
+        return config
+    return LoraConfig(**options, loftq_config=LoftQConfig() if start == "loftq" else {})
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_adapters_whose_initialisation_nobody_can_repeat_merge_where_it_was_done(
+    start: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if start == "loftq":  # what it does to the base needs a GPU's quantisation: some change stands for it
+        monkeypatch.setattr(LoraLayer, "loftq_init", lambda layer, *_: layer.get_base_layer().weight.data.mul_(0.9))
+    base = make_base("llama")
+    before = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    config = prepared(base, start)
+    model: Any = get_peft_model(base, config, "own")
+    layers = [own for own in model.modules() if isinstance(own, LoraLayer)]
+    assert relative(layers[0].base_layer.weight, before) > 1e-3
+    model.add_adapter("plain", KINDS["plain"]("llama"))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.set_adapter("own")
+    expected, whole = outputs(model, "llama"), snapshot(model)
+    with caplog.at_level("WARNING", logger="hf_fda"):
+        hf_fda.merge_adapters(model, ["own"], "alone")
+    assert f"initialised by '{start}'" in caplog.text
+    hf_fda.merge_adapters(model, ["own", "plain"], "both", "task_arithmetic", scaling=1.0)
+    assert unchanged(model, whole)
+    model.set_adapter("alone")
+    assert relative(outputs(model, "llama"), expected) <= 1e-5
+    for own in layers:
+        sum_of_both = own.get_delta_weight("own") + own.get_delta_weight("plain")
+        assert relative(own.get_delta_weight("both"), sum_of_both) < 1e-5
+
+
+def test_a_scale_that_was_set_counts() -> None:
+    model: Any = model_with("llama", "plain", "rslora")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("plain", 3.0)
+    model.set_adapter("plain")
+    expected = outputs(model, "llama")
+    hf_fda.merge_adapters(model, ["plain"], "merged")
+    model.set_adapter("merged")
+    assert relative(outputs(model, "llama"), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "oft", "vera", "ia3"])
+def test_adapters_that_are_no_lora_are_refused_beside_it(kind: str) -> None:
+    model = train(make_base("llama"), KINDS[kind]("llama"), 1)
+    before = snapshot(model)
+    with pytest.raises(hf_fda.InputError, match="of one kind"):
+        hf_fda.merge_adapters(model, ["default"], "merged")
+    assert unchanged(model, before)
+    assert list(model.peft_config) == ["default"]
 
 
 def test_a_difference_of_adapters_is_exact() -> None:

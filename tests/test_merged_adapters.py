@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from adapters import KINDS, make_base, outputs, relative, save, train
 from conftest import fine_tune, make_model
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, LlamaForSequenceClassification
 
 import hf_fda
+from hf_fda.adapters.saving import adapter_tensors
 from hf_fda.cli import main
 from hf_fda.lowrank import Budget, factorise
 from hf_fda.merge_methods import method_class
@@ -159,6 +162,12 @@ def test_large_matrices_are_decomposed_at_random_nearly_as_well() -> None:
     best = float(values[20:].norm() / values.norm())
     assert found.product.rank == 20
     assert found.error == pytest.approx(best, rel=1e-3)
+    stack = torch.stack([(left * values) @ right.mT, (left * values[:30].repeat_interleave(2)) @ right.mT])
+    both = factorise(stack, Budget(rank=20), limit=1100)
+    of_each = [factorise(matrix, Budget(rank=20), limit=1100) for matrix in stack]
+    left_out = sum((own.error * own.norm) ** 2 for own in of_each) ** 0.5
+    assert both.product.left.shape == (2, 1100, 20)
+    assert both.error * both.norm == pytest.approx(left_out, rel=1e-3)
     kept = factorise((left * values) @ right.mT, Budget(rank=40, energy=0.99), limit=1100)
     assert kept.error**2 <= 0.01
     assert kept.product.rank == int((values.square().cumsum(0) / values.square().sum() < 0.99).sum()) + 1
@@ -180,8 +189,6 @@ def test_the_same_call_does_no_work_twice_and_makes_the_same_bytes(tmp_path: Pat
 
 
 def yaml_of(folder: Path) -> dict[str, Any]:
-    import yaml
-
     given = yaml.safe_load((folder / "merge_config.yaml").read_text())
     return {**given.pop("options"), **given}
 
@@ -286,6 +293,85 @@ def test_another_seed_makes_a_random_merge_anew(as_adapter: bool, tmp_path: Path
         name = "adapter_model.safetensors" if as_adapter else "model.safetensors"
         made.append((tmp_path / "out" / name).read_bytes())
     assert made[0] == made[2] != made[1]
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_a_norm_called_norm_comes_whole_with_all_that_peft_takes_for_it(only: bool, tmp_path: Path) -> None:
+    base: Any = make_base("llama").model  # bare: no prefix tells its last norm from the ends of the others' names
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    adapter = save(base, config, tmp_path / "own")
+    if only:  # as of another tool, which tells whole names
+        path = adapter / "adapter_model.safetensors"
+        untrained = base.state_dict()
+        tensors = load_file(path)
+        for name in tensors:
+            plain = name.removeprefix("base_model.model.")
+            if plain in untrained and plain != "norm.weight":
+                tensors[name] = untrained[plain].clone()
+        save_file(tensors, path)
+    merged = merge(tmp_path / "base", {"own": adapter}, tmp_path / "out", method="task_arithmetic", scaling=1.0)
+    ids = torch.arange(1, 8)[None]
+    with torch.no_grad():
+        states = [
+            PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(ids).last_hidden_state
+            for folder in (adapter, merged.folder)
+        ]
+    assert relative(states[1], states[0]) <= 1e-5
+
+
+def test_what_peft_takes_for_a_whole_module_is_whole_or_refused(tmp_path: Path) -> None:
+    base: Any = make_base("llama").model
+    base.save_pretrained(tmp_path / "base")
+    adapter = save(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]), tmp_path / "own")
+    plan = hf_fda.plan(str(tmp_path / "base"), [str(adapter)], "linear", as_adapter=True).adapter
+    assert plan is not None
+    last = tuple(target for target in plan.targets if target.name == "norm.weight")
+    alone = dataclasses.replace(plan, targets=last)
+    tensors = adapter_tensors(alone, {}, {"norm.weight": torch.ones(32)}, lambda name: base.state_dict()[name])
+    norms = [f"base_model.model.{name}" for name in base.state_dict() if name.endswith("norm.weight")]
+    assert sorted(tensors) == sorted(norms)
+    assert len(norms) == 5
+
+
+def snippet_of(folder: Path, base: Path) -> dict[str, Any]:
+    """The names that the card's usage snippet defines, run with its placeholders filled in."""
+    card = (folder / "README.md").read_text()
+    assert str(folder.parent) not in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    code = card.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("PATH_OR_HUB_ID", str(folder)).replace("PATH_TO_BASE", str(base)), names)
+    return names
+
+
+def test_the_snippet_in_the_card_of_a_language_model_runs(tmp_path: Path) -> None:
+    base = make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    sources = {kind: save(base, KINDS[kind]("llama"), tmp_path / kind) for kind in ("plain", "rslora")}
+    merged = merge(tmp_path / "base", sources, tmp_path / "out", method="tsv")
+    base_folder = (tmp_path / "base").rename(tmp_path / "elsewhere")
+    model = snippet_of(merged.folder, base_folder)["model"]
+    expected = outputs(hf_fda.load(merged.folder, base=base_folder), "llama")
+    assert relative(outputs(model, "llama"), expected) <= 1e-6
+    assert "| rank | exact |" in (merged.folder / "README.md").read_text()
+
+
+def test_the_snippet_in_the_card_of_adapters_with_heads_runs(tmp_path: Path) -> None:
+    whole = make_base("bert")
+    whole.bert.save_pretrained(tmp_path / "base")
+    sources = {}
+    for labels in (2, 3):
+        model = make_model("bert", num_labels=labels)
+        model.bert.load_state_dict(whole.bert.state_dict())
+        config = LoraConfig(r=3, target_modules=["value"], task_type="SEQ_CLS")
+        sources[f"of{labels}"] = save(model, config, tmp_path / f"of{labels}", labels)
+    merged = merge(tmp_path / "base", sources, tmp_path / "out", method="linear", rank=2)
+    expected = outputs(merged.load("of2"), "bert")
+    base_folder = (tmp_path / "base").rename(tmp_path / "elsewhere")
+    model = snippet_of(merged.folder, base_folder)["model"]
+    assert relative(outputs(model, "bert"), expected) <= 1e-6
+    assert "| rank | 2 |" in (merged.folder / "README.md").read_text()
 
 
 def test_anchors_are_made_of_an_adapter(tmp_path: Path) -> None:

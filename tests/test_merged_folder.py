@@ -173,9 +173,11 @@ def test_the_card_states_how_the_model_was_made(classifiers: tuple[Path, dict[st
     text = (merged.folder / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert {"merge", "hf_fda", "fda"} <= set(metadata["tags"])
-    words = [str(base), *map(str, tasks.values()), "num_anchors", "unknown", "hf-fda merge", "torch", "transformers"]
+    names = [base.name, *(folder.name for folder in tasks.values())]
+    words = [*names, "num_anchors", "unknown", "hf-fda merge", "torch", "transformers"]
     for word in [*words, hf_fda.methods()["fda"].paper]:
         assert word in text
+    assert str(base.parent) not in text
 
 
 # -- rest --------------------------------------------------------------------------------------------------------------

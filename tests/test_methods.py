@@ -654,6 +654,8 @@ def test_where_to_start_follows_from_what_is_given() -> None:
     start = resolve_method("isotropic", {"scaling": 3.0})
     assert (chosen.initial, chosen.rest) == (start, resolve_method("task_arithmetic", {}))
     assert chosen.parametrization == "coefficients"
+    assert FDAConfig().with_sources(["a"], True, as_adapter=True).parametrization == "factors"
+    assert FDAConfig().with_sources(["a"], False, as_adapter=True).parametrization == "parameters"
     thin = FDAConfig().with_sources(["a"], all_have_weights=True, all_thin=True)
     assert thin.initial == resolve_method("task_arithmetic", {"scaling": 0.3})
     chosen = FDAConfig().with_sources(["a"], all_have_weights=False)
@@ -708,6 +710,9 @@ FAR = {"epochs": 60, "adaptation_learning_rate": 3e-2}
         ("encoder", 1024, {"initial": "wudi"}, {**BLOCKS, **NEAR}),
         ("encoder", 768, {"parametrization": "parameters"}, {"epochs": 125, "adaptation_learning_rate": 5e-5}),
         ("encoder", 1024, {"parametrization": "parameters"}, {"epochs": 25, "adaptation_learning_rate": 5e-5}),
+        ("encoder", 768, {"parametrization": "factors", "initial": "tsv"}, {"epochs": 40, "interpolation": 1.0}),
+        ("encoder", 768, {"parametrization": "coefficients", "initial": "tsv"}, {"epochs": 20, "interpolation": 0.5}),
+        ("decoder", 768, {"parametrization": "factors", "initial": "base"}, {"epochs": 60, "interpolation": 1.0}),
         ("decoder", 5120, {"initial": "base"}, {**MLPS, **FAR, "position_embeddings": False}),
         ("decoder", 5120, {"initial": "tsv"}, {**MLPS, **NEAR}),
     ],

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_fda import costs, estimate
-from hf_fda.anchors import Objective, adapt_unit
+from hf_fda.anchors import Moves, Objective, adapt_unit
 from hf_fda.blocks import Unit, family_of, find_units
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.merge_methods import FDAConfig, MethodConfig
@@ -90,7 +90,7 @@ def adapt(module: Any, x: Tensor, steps: int) -> None:
     objective = Objective("mse", [x], [torch.zeros_like(x)])
     scales = {name: torch.ones_like(value) for name, value in module.named_parameters()}
     settings: dict[str, Any] = {"learning_rate": 1e-2, "schedule": "linear", "batch_size": len(x)}
-    adapt_unit(module, CALL, objective, scales, epochs=steps, generator=torch.Generator(), **settings)
+    adapt_unit(module, CALL, objective, Moves(scales), epochs=steps, generator=torch.Generator(), **settings)
 
 
 def measured_efficiency() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_fda.adapters.files import REPLAYED
-from hf_fda.adapters.skeleton import ADAPTER, Skeleton
+from hf_fda.adapters.skeleton import Skeleton, plain_name
 from hf_fda.errors import InputError
 from hf_fda.lowrank import LowRank, add
 
@@ -72,6 +72,7 @@ class Residual(Change):
     product: LowRank
     layer: LoraLayer
     method: str
+    adapter: str
     needs_base = True
 
     @property
@@ -86,14 +87,14 @@ class Residual(Change):
     def factors(self, base: Tensor | None) -> LowRank:
         """Both products beside each other: twice the adapter's rank."""
         assert base is not None
-        layer: Any = copy.deepcopy(self.layer)
+        layer: Any = _hollow_copy(self.layer, "weight")
         own = base.detach().to("cpu", torch.float32, copy=True)  # the initialisation changes it
         layer.get_base_layer().weight = nn.Parameter(own, requires_grad=False)
         if self.method == "olora":
-            layer.olora_init(ADAPTER)
+            layer.olora_init(self.adapter)
         else:
-            layer.pissa_init(ADAPTER, self.method)
-        return add([self.product, _linear_product(layer).scaled(-1.0)])
+            layer.pissa_init(self.adapter, self.method)
+        return add([self.product, _linear_product(layer, self.adapter).scaled(-1.0)])
 
 
 @dataclass
@@ -139,18 +140,46 @@ class Rebased(Change):
 
 
 @dataclass
+class Rows(Change):
+    """Some rows of an embedding are others."""
+
+    indices: Tensor
+    rows: Tensor
+    shape: tuple[int, ...]
+    needs_base = True
+
+    def task(self, base: Tensor) -> Tensor:
+        """Zero but for the differences of these rows."""
+        return self.factors(base).to(base.device, base.dtype).dense()
+
+    def factors(self, base: Tensor | None) -> LowRank:
+        """Which rows, and by how much they differ: of their number's rank."""
+        assert base is not None
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        chosen = torch.zeros(self.shape[0], len(self.indices), dtype=dtype)
+        chosen[self.indices, torch.arange(len(self.indices))] = 1
+        return LowRank(chosen, self.rows.to("cpu", dtype) - base[self.indices].to("cpu", dtype), self.shape)
+
+    @property
+    def rank(self) -> int:
+        """The number of rows."""
+        return len(self.indices)
+
+
+@dataclass
 class Merged(Change):
     """The tensor that PEFT's own merge of a layer makes, in float64."""
 
     layer: Any
     parameter: str
+    adapter: str
 
     def task(self, base: Tensor) -> Tensor:
         """The merged tensor less the base's."""
-        layer = copy.deepcopy(self.layer).double()
+        layer = _hollow_copy(self.layer, self.parameter).double()
         inner = layer.get_base_layer()
         setattr(inner, self.parameter, nn.Parameter(base.detach().cpu().double().clone(), requires_grad=False))
-        layer.merge(safe_merge=False, adapter_names=[ADAPTER])
+        layer.merge(safe_merge=False, adapter_names=[self.adapter])
         merged = getattr(inner, self.parameter).detach()
         return (merged - base.cpu().double()).to(base.device, base.dtype)
 
@@ -169,27 +198,25 @@ def find_changes(label: str, skeleton: Skeleton, init: Any) -> dict[str, Change]
     model: Any = skeleton.model.base_model.model
     found: dict[str, Change] = {}
     for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            for parameter, change in _layer_changes(label, path, module, init):
-                found[plain_name(f"{path}.{parameter}")] = change
+        if isinstance(module, BaseTunerLayer) and skeleton.adapter in module._get_available_adapters():
+            for parameter, change in _layer_changes(label, path, module, init, skeleton.adapter):
+                name = plain_name(f"{path}.{parameter}")
+                if name in found:
+                    raise InputError(f"{label}: the adapter changes '{name}' in two ways, which cannot be merged")
+                found[name] = change
+    for name, value in skeleton.whole.items():
+        found[name] = Rebased(value, found[name]) if name in found else Replaced(value)
     shapes = skeleton.layout.shapes
-    for name, value in model.named_parameters():
-        plain = plain_name(name).replace(f".modules_to_save.{ADAPTER}.", ".")
-        if plain in shapes and id(value) not in skeleton.hollow:
-            found[plain] = Rebased(value.detach(), found[plain]) if plain in found else Replaced(value.detach())
     for name in found:
         if name not in shapes:
             raise InputError(f"{label}: the adapter changes '{name}', which the model does not have or does not store")
     return found
 
 
-def plain_name(name: str) -> str:
-    """What a base's tensor in a PEFT model was called before modules were wrapped, however often.
-
-    >>> plain_name("experts.base_layer.base_layer.down_proj")
-    'experts.down_proj'
-    """
-    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+def _hollow_copy(layer: Any, parameter: str) -> Any:
+    """A copy of an adapted layer on the CPU, with nothing for one of the base's parameters."""
+    original = getattr(layer.get_base_layer(), parameter)
+    return copy.deepcopy(layer, {id(original): nn.Parameter(torch.empty(0), requires_grad=False)}).cpu()
 
 
 def _is(layer: Any, kind: type) -> bool:
@@ -197,52 +224,57 @@ def _is(layer: Any, kind: type) -> bool:
     return isinstance(layer, kind)
 
 
-def _layer_changes(label: str, path: str, layer: Any, init: Any) -> Iterator[tuple[str, Change]]:
+def _layer_changes(label: str, path: str, layer: Any, init: Any, adapter: str) -> Iterator[tuple[str, Change]]:
     inner = layer.get_base_layer()
     if _is(layer, ParamWrapper):
-        yield layer.parameter_name, Thin(_stacked_product(layer))
+        yield layer.parameter_name, Thin(_stacked_product(layer, adapter))
+        return
+    if _is(layer, TrainableTokensLayer):
+        if layer.tied_adapter is None:  # what is tied to it is the same tensor
+            indices = torch.tensor(layer.token_indices[adapter], dtype=torch.long)
+            yield "weight", Rows(indices, layer.trainable_tokens_delta[adapter].detach(), tuple(inner.weight.shape))
         return
     if not _is(layer, LoraLayer):
-        yield "weight", Merged(layer, "weight")
+        yield "weight", Merged(layer, "weight", adapter)
         if getattr(layer, "is_feedforward", True) is False and getattr(inner, "bias", None) is not None:
-            yield "bias", Merged(layer, "bias")  # IA3 scales what a layer puts out
+            yield "bias", Merged(layer, "bias", adapter)  # IA3 scales what a layer puts out
         return
-    if ADAPTER in layer.lora_variant and not layer.use_dora[ADAPTER]:
-        kind = type(layer.lora_variant[ADAPTER]).__name__
+    if adapter in layer.lora_variant and not layer.use_dora[adapter]:
+        kind = type(layer.lora_variant[adapter]).__name__
         raise InputError(f"{label}: layer '{path}' is a {kind}, which is not understood; it cannot be merged")
-    yield "weight", _weight_change(layer, init)
-    if layer.lora_bias[ADAPTER]:
-        yield "bias", Added(layer.lora_B[ADAPTER].bias.detach() * layer.scaling[ADAPTER])
+    yield "weight", _weight_change(layer, init, adapter)
+    if layer.lora_bias[adapter]:
+        yield "bias", Added(layer.lora_B[adapter].bias.detach() * layer.scaling[adapter])
 
 
-def _weight_change(layer: Any, init: Any) -> Change:
+def _weight_change(layer: Any, init: Any, adapter: str) -> Change:
     """What a layer of LoRA does to its weight."""
-    if layer.use_dora[ADAPTER] or (_is(layer, _ConvNd) and layer.get_base_layer().groups > 1):
-        return Merged(layer, "weight")
-    scaling = layer.scaling[ADAPTER]
+    if layer.use_dora[adapter] or (_is(layer, _ConvNd) and layer.get_base_layer().groups > 1):
+        return Merged(layer, "weight", adapter)
+    scaling = layer.scaling[adapter]
     if _is(layer, Embedding):
-        left, right = layer.lora_embedding_A[ADAPTER].detach().mT, layer.lora_embedding_B[ADAPTER].detach().mT
+        left, right = layer.lora_embedding_A[adapter].detach().mT, layer.lora_embedding_B[adapter].detach().mT
         return Thin(LowRank(left * scaling, right, (left.shape[0], right.shape[1])))
     if _is(layer, _ConvNd):
-        left, right = (part[ADAPTER].weight.detach().flatten(1) for part in (layer.lora_B, layer.lora_A))
+        left, right = (part[adapter].weight.detach().flatten(1) for part in (layer.lora_B, layer.lora_A))
         return Thin(LowRank(left * scaling, right, tuple(layer.get_base_layer().weight.shape)))
     if isinstance(init, str) and init in REPLAYED:
-        return Residual(_linear_product(layer), layer, init)
-    return Thin(_linear_product(layer))
+        return Residual(_linear_product(layer, adapter), layer, init, adapter)
+    return Thin(_linear_product(layer, adapter))
 
 
-def _linear_product(layer: Any) -> LowRank:
-    left, right = layer.lora_B[ADAPTER].weight.detach(), layer.lora_A[ADAPTER].weight.detach()
-    left = left * layer.scaling[ADAPTER]
+def _linear_product(layer: Any, adapter: str) -> LowRank:
+    left, right = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
+    left = left * layer.scaling[adapter]
     if layer.fan_in_fan_out:  # the weight lies as (d_in, d_out)
         left, right = right.mT, left.mT
     return LowRank(left, right, (left.shape[0], right.shape[1]))
 
 
-def _stacked_product(layer: Any) -> LowRank:
-    left, right, scaling = layer.get_delta_factors(ADAPTER)
+def _stacked_product(layer: Any, adapter: str) -> LowRank:
     shape = tuple(layer.get_param().shape)
-    left, right = left.detach() * scaling, right.detach()
-    if len(shape) == 2 and left.ndim == 3:
-        left, right = left[0], right[0]
-    return LowRank(left, right, shape)
+    if len(shape) == 2:  # PEFT's factors are those of the transpose, but what it adds is not
+        left, right, scaling = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight, layer.scaling[adapter]
+    else:
+        left, right, scaling = layer.get_delta_factors(adapter)
+    return LowRank(left.detach() * scaling, right.detach(), shape)

@@ -13,9 +13,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hf_fda.adapters.changes import Change, Replaced, find_changes
+from hf_fda.adapters.changes import Change, Replaced, Rows, find_changes
 from hf_fda.adapters.files import CONFIG, AdapterFiles, from_model, read_files
-from hf_fda.adapters.skeleton import build
+from hf_fda.adapters.skeleton import Skeleton, build
 from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.location import INDEX, SINGLE, Location, locate
 from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
@@ -30,6 +30,7 @@ class AdapterCheckpoint:
     Args:
         files: the adapter.
         base: what it is an adapter of.
+        skeleton: a model that the adapter is in; one is made if None.
 
     Raises:
         InputError: when the adapter does not fit the base.
@@ -40,7 +41,7 @@ class AdapterCheckpoint:
     unexpected: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
-    def __init__(self, files: AdapterFiles, base: Checkpoint) -> None:
+    def __init__(self, files: AdapterFiles, base: Checkpoint, skeleton: Skeleton | None = None) -> None:
         if not base.layout.known:
             raise InputError(
                 f"{files.id}: the base is a {base.layout.model_class.__name__}, which transformers does not "
@@ -49,7 +50,7 @@ class AdapterCheckpoint:
         self.files, self.base = files, base
         self.id, self.location = files.id, files.location
         self.commit = files.location.commit if files.location is not None else None
-        skeleton = build(files, base.layout)
+        skeleton = skeleton or build(files, base.layout)
         self.layout = skeleton.layout
         self.changes: Mapping[str, Change] = find_changes(
             files.id, skeleton, getattr(files.config, "init_lora_weights", None)
@@ -121,6 +122,10 @@ class AdapterCheckpoint:
         """Whether the adapter brings a tensor whole (PEFT's `modules_to_save`)."""
         return isinstance(self.changes.get(name), Replaced)
 
+    def keeps_ties(self, name: str) -> bool:
+        """Whether a tensor that is tied to this one changes with it: PEFT does so where it trains some rows only."""
+        return isinstance(self.changes.get(name), Rows)
+
     def factors(self, name: str) -> LowRank | None:
         """A tensor's task vector as thin factors; None where the adapter does not change it, or by no thin product."""
         change = self.changes.get(name)
@@ -170,6 +175,22 @@ def is_adapter(value: Any, location: Location | None = None) -> bool:
     return location is not None and CONFIG in location.names and not {INDEX, SINGLE} & set(location.names)
 
 
+def find_adapter(location: Location) -> Location:
+    """Where a source's files are: the place itself, or the folder in it that holds the adapter (PEFT saves others than
+    "default" in folders of their names).
+
+    Raises:
+        InputError: when several folders in it hold one.
+    """
+    if {CONFIG, INDEX, SINGLE, "config.json"} & set(location.names):
+        return location
+    folders = location.holding(CONFIG)
+    if len(folders) > 1:
+        listed = ", ".join(f"'{location.inside(name).id}'" for name in folders)
+        raise InputError(f"{location.id}: several adapters are in it; say which: {listed}")
+    return location.inside(folders[0]) if folders else location
+
+
 def open_adapter(value: Any, base: Checkpoint, location: Location | None = None) -> AdapterCheckpoint:
     """Open an adapter on its base.
 
@@ -202,7 +223,7 @@ def open_source(base: Checkpoint, value: Any, trust_remote_code: bool = False, l
         InputError: naming `label`, when it cannot be used.
     """
     try:
-        location = locate(value) if isinstance(value, (str, os.PathLike)) else None
+        location = find_adapter(locate(value)) if isinstance(value, (str, os.PathLike)) else None
         if is_adapter(value, location):
             return open_adapter(value, base, location)
     except InputError as error:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
@@ -28,6 +28,7 @@ UNDERSTOOD = {
     *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "use_dora"),
     *("alpha_pattern", "lora_bias", "target_parameters", "ensure_weight_tying", "eva_config", "corda_config"),
     *("lora_ga_config", "loftq_config", "runtime_config", "megatron_core", "qalora_group_size"),
+    "trainable_token_indices",
 }
 """Options of LoRA whose meaning for the merged weights is known, or that have none."""
 
@@ -81,25 +82,18 @@ def read_files(location: Location) -> AdapterFiles:
     return AdapterFiles(location.id, config, tensors, location)
 
 
-def from_model(
-    model: PeftModel, adapter: str | None = None, embeddings: bool | Literal["auto"] = "auto"
-) -> AdapterFiles:
-    """An adapter of a model in memory: the named one, or the active one.
-
-    Args:
-        model: the model.
-        adapter: a name of its adapters; None: the active one.
-        embeddings: whether the base's embeddings go with it, as PEFT's `save_embedding_layers`.
+def from_model(model: PeftModel) -> AdapterFiles:
+    """The active adapter of a model in memory.
 
     Raises:
-        InputError: when there is no such adapter, several are active, or it is not understood.
+        InputError: when several are active, or it is not understood.
     """
-    active = model.active_adapter if adapter is None else adapter
+    active = model.active_adapter
     if not isinstance(active, str) or active not in model.peft_config:
         raise InputError(f"the model has no single adapter '{active}'; it has {', '.join(model.peft_config)}")
     config = copy.deepcopy(model.peft_config[active])
     check_understood(active, config)
-    state = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=embeddings)
+    state = get_peft_model_state_dict(model, adapter_name=active)
     return AdapterFiles(active, config, {name: tensor.detach().cpu() for name, tensor in state.items()})
 
 
@@ -114,8 +108,32 @@ def _parse(id: str, raw: Any) -> PeftConfig:
     return PeftConfig.from_peft_type(**raw)
 
 
-def check_understood(id: str, config: PeftConfig) -> None:
+def named_in(model: PeftModel, adapter: str) -> AdapterFiles:
+    """What an adapter of a model in memory is called and configured as; its tensors stay in the model.
+
+    Raises:
+        InputError: when it is not understood.
+    """
+    config = copy.deepcopy(model.peft_config[adapter])
+    check_understood(adapter, config, true_base=False)
+    return InMemory(adapter, config, {})
+
+
+class InMemory(AdapterFiles):
+    """An adapter of a model in memory, hashed by no more than its name there: nothing of the work outlives the call."""
+
+    def fingerprint(self) -> str:
+        """A hash of what is in memory now."""
+        return self.id
+
+
+def check_understood(id: str, config: PeftConfig, true_base: bool = True) -> None:
     """Refuse an adapter that does what is not understood.
+
+    Args:
+        id: the adapter, for messages.
+        config: its configuration.
+        true_base: whether it shall go with the base as that was loaded, not as the adapter's initialisation left it.
 
     Raises:
         InputError: naming the option.
@@ -132,7 +150,7 @@ def check_understood(id: str, config: PeftConfig) -> None:
         if not known and value not in (None, False, _default(option)):
             raise InputError(f"{id}: adapter option '{option.name}' ({value!r}) is not understood; it cannot be merged")
     start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(UNREPEATABLE):
+    if true_base and isinstance(start, str) and start.startswith(UNREPEATABLE):
         raise InputError(
             f"{id}: an adapter initialised by '{start}' belongs to changed base weights that it does not hold; save it "
             "with PEFT's path_initial_model_for_weight_conversion, which makes it one of the true base"

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_fda.adapters.experts import parameter_halves, wrapper_paths
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.lowrank import LowRank
 
@@ -31,23 +32,26 @@ def adapter_config(
         revision: the commit of it.
     """
     modules = dict(plan.layout.model.named_modules())
-    by_module = {name.rpartition(".")[0]: rank for name, rank in ranks.items()}
+    by_place = {target.place: ranks[target.name] for target in plan.targets if target.factored}
     for target in plan.targets:
         if target.form == "bias":
-            by_module.setdefault(target.module, 1)
-    common = Counter(by_module.values()).most_common(1)[0][0] if by_module else 1
-    pattern = {module: rank for module, rank in by_module.items() if rank != common}
+            by_place.setdefault(target.module, 1)
+    common = Counter(by_place.values()).most_common(1)[0][0] if by_place else 1
+    pattern = {place: rank for place, rank in by_place.items() if rank != common}
+    parameters = sorted(target.name for target in plan.targets if target.form == "parameter")
+    factored = sorted(by_place.keys() - set(parameters))
     whole = sorted({target.module for target in plan.targets if target.form == "whole"})
-    turned = {isinstance(modules[module], Conv1D) for module in by_module}
+    turned = {isinstance(modules[module], Conv1D) for module in factored}
     return LoraConfig(
         r=common,
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=sorted(by_module),
+        target_modules=None if parameters and not factored else factored,
+        target_parameters=parameters or None,
         modules_to_save=whole or None,
         lora_bias=any(target.form == "bias" for target in plan.targets),
-        fan_in_fan_out=turned == {True},
+        fan_in_fan_out=turned == {True} and not parameters,
         task_type=plan.task_type,
         base_model_name_or_path=base_id,
         revision=revision,
@@ -76,14 +80,18 @@ def adapter_tensors(
     modules: dict[str, Any] = dict(plan.layout.model.named_modules())
     biased = any(target.form == "bias" for target in plan.targets)
     found: dict[str, Tensor] = {}
-    linear = {t.module: modules[t.module] for t in plan.targets if t.form != "whole"}
+    wrappers = wrapper_paths(plan.layout.model, [t.name for t in plan.targets if t.form == "parameter"])
+    for name, path in wrappers.items():
+        halves = parameter_halves(modules[name.rpartition(".")[0]], factors[name])
+        found.update({f"{path}.{half}": tensor for half, tensor in halves.items()})
+    linear = {t.module: modules[t.module] for t in plan.targets if t.form in ("factors", "bias")}
     for path, module in linear.items():
         product = factors.get(f"{path}.weight") or _nothing(module)
         found.update({f"{path}.{name}": tensor for name, tensor in _halves(module, product).items()})
         if biased:
             size = product.right.shape[1] if isinstance(module, Conv1D) else product.left.shape[0]
             found[f"{path}.lora_B.bias"] = others.get(f"{path}.bias", torch.zeros(size))
-    for path in {target.module for target in plan.targets if target.form == "whole"}:
+    for path in plan.whole_modules:
         for part, _ in modules[path].named_parameters():
             name = f"{path}.{part}"
             found[name] = others[name] if name in others else base(name)

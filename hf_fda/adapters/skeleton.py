@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -33,14 +34,39 @@ ADAPTER = "default"
 
 @dataclass
 class Skeleton:
-    """A model with an adapter in it. Parameters of the base are hollow: of the right shape, without memory.
+    """A model with an adapter in it, whose parameters may be hollow: of the right shape, without memory.
 
-    `layout` is the model's without the adapter; `hollow` are the parameters that the adapter left alone.
+    `layout` is the model's without the adapter; `whole` are the tensors that the adapter brings in place of the model's
+    own, by their names there; `adapter` is what the model calls it.
     """
 
     model: PeftModel
     layout: ModelLayout
-    hollow: dict[int, nn.Parameter]
+    whole: dict[str, Tensor]
+    adapter: str = ADAPTER
+
+
+def plain_name(name: str) -> str:
+    """What a base's tensor in a PEFT model was called before modules were wrapped, however often.
+
+    >>> plain_name("experts.base_layer.base_layer.down_proj")
+    'experts.down_proj'
+    """
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
+
+
+def skeleton_of(model: PeftModel, adapter: str, layout: ModelLayout) -> Skeleton:
+    """An adapter where it is, in a model in memory.
+
+    Args:
+        model: the model, of which nothing is changed.
+        adapter: a name of its adapters.
+        layout: of the model without adapters.
+    """
+    inner: Any = model.base_model.model
+    mark = f".modules_to_save.{adapter}."
+    own = {name: value for name, value in inner.named_parameters() if mark in name}
+    return Skeleton(model, layout, {plain_name(name).replace(mark, "."): own[name].detach() for name in own}, adapter)
 
 
 def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
@@ -80,7 +106,12 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
     empty = [name for name, value in (*wrapped.named_parameters(), *wrapped.named_buffers()) if value.is_meta]
     if empty:
         raise InputError(f"{files.id}: the adapter lacks tensors that its configuration promises ({few(empty)})")
-    return Skeleton(wrapped, layout, hollow)
+    brought = {
+        plain_name(name).replace(f".modules_to_save.{ADAPTER}.", "."): value.detach()
+        for name, value in wrapped.base_model.model.named_parameters()
+        if id(value) not in hollow
+    }
+    return Skeleton(wrapped, layout, {name: value for name, value in brought.items() if name in layout.shapes})
 
 
 def _check_rows(files: AdapterFiles, layout: ModelLayout) -> None:

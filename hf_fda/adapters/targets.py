@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,13 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fda.adapters.checkpoint import AdapterCheckpoint
+from hf_fda.blocks import Unit
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.errors import InputError, few
 from hf_fda.inputs import Inputs
 from hf_fda.lowrank import Budget
 from hf_fda.recipes import Output
 
-Form = Literal["factors", "whole", "bias"]
+Form = Literal["factors", "parameter", "whole", "bias"]
 FACTORED = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 
 
@@ -26,8 +27,9 @@ class Target:
     """A tensor that a merged adapter changes.
 
     `base_name` is the base's name of it, `name` that in the model the adapter is for. `form` says how it is kept: as
-    thin factors, whole (with its module, in PEFT's `modules_to_save`), or as the bias of the factors (`lora_bias`).
-    `limit` is the largest rank that its factors get.
+    thin factors of a module's weight, or of a single parameter (a stack of experts, in PEFT's `target_parameters`);
+    whole (with its module, in PEFT's `modules_to_save`); or as the bias of the factors (`lora_bias`). `limit` is the
+    largest rank that its factors get.
     """
 
     base_name: str
@@ -39,6 +41,16 @@ class Target:
     def module(self) -> str:
         """The path of the module that the tensor belongs to."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is kept as factors."""
+        return self.form in ("factors", "parameter")
+
+    @property
+    def place(self) -> str:
+        """What PEFT calls that which the factors are of: the module, or the parameter itself."""
+        return self.name if self.form == "parameter" else self.module
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,17 @@ class AdapterPlan:
         return min(self.budget.rank or target.limit, target.limit)
 
     @property
+    def whole_modules(self) -> list[str]:
+        """Paths of the modules that the adapter brings whole: those of whole tensors, and what else PEFT takes for one
+        of them, as it compares the ends of names ("norm" is also "layers.0.input_layernorm")."""
+        ends = tuple(target.module for target in self.targets if target.form == "whole")
+        paths = [path for path, own in self.layout.model.named_modules() if any(True for _ in own.parameters())]
+        return [path for path in paths if path.endswith(ends)] if ends else []
+
+    @property
     def top_rank(self) -> int:
         """The largest of all; 0 where nothing is kept as factors."""
-        return max((self.rank_of(target) for target in self.targets if target.form == "factors"), default=0)
+        return max((self.rank_of(target) for target in self.targets if target.factored), default=0)
 
 
 def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
@@ -91,18 +111,46 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     strange = [name for name in changed if name not in own_name]
     if strange:
         raise InputError(f"as_adapter=True: the model of the sources has no {few(strange)}; merge into a checkpoint")
+    _check_ties(inputs, changed)
     targets = _targets(inputs, layout, {name: own_name[name] for name in changed})
     if not targets:
         raise InputError("as_adapter=True: no source changes anything that is merged; there is nothing to write")
     # Of a task type with a head PEFT expects that head in the adapter; heads that are kept lie beside it
     plan = AdapterPlan(layout, targets, budget, None if result.heads else task_type)
+    _check_whole(plan)
     _check_rank(inputs, plan)
     return plan
 
 
+def _check_ties(inputs: Inputs, changed: Sequence[str]) -> None:
+    """Refuse tensors that an adapter changes with what is tied to them: factors would change one of both."""
+    tied = {name: other for other, name in inputs.base.layout.tied.items()}
+    for source in inputs.weighted:
+        checkpoint = source.checkpoint
+        moved = [name for name in changed if name in tied and source.may_move(name)]
+        for name in moved:
+            if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.keeps_ties(source.tensor_of[name]):
+                raise InputError(
+                    f"as_adapter=True: source '{source.name}' changes '{name}' and what is tied to it, '{tied[name]}'; "
+                    "factors would change one of both: merge into a full checkpoint"
+                )
+
+
+def _check_whole(plan: AdapterPlan) -> None:
+    """Refuse factors of what PEFT would take for a module that comes whole."""
+    whole = set(plan.whole_modules)
+    both = [target.name for target in plan.targets if target.form != "whole" and target.module in whole]
+    if both:
+        names = [target.name for target in plan.targets if target.form == "whole"]
+        raise InputError(
+            f"as_adapter=True: PEFT tells modules that come whole ({few(names)}) by the ends of their names, and would "
+            f"take {few(both)} for one; merge into a full checkpoint"
+        )
+
+
 def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:
-    shapes = [inputs.base.shape(target.base_name) for target in plan.targets if target.form == "factors"]
-    most = max((min(shape[0], torch.Size(shape[1:]).numel()) for shape in shapes), default=0)
+    shapes = [inputs.base.shape(target.base_name) for target in plan.targets if target.factored]
+    most = max(map(_full_rank, shapes), default=0)
     if plan.budget.rank is not None and plan.budget.rank > most:
         raise InputError(f"rank {plan.budget.rank} is larger than any of the merged matrices has: at most {most}")
 
@@ -127,6 +175,35 @@ def _layout(inputs: Inputs) -> tuple[ModelLayout, Mapping[str, str], str | None]
     return first, sources[0].tensor_of, kinds.pop() if len(kinds) == 1 else None
 
 
+def adapted_ranks(inputs: Inputs, units: Sequence[Unit], adapter: AdapterPlan | None) -> dict[str, int]:
+    """Which tensors of the units that function-space methods merge can be kept as thin factors, and of which rank.
+
+    Args:
+        inputs: base and sources.
+        units: what is merged one by one.
+        adapter: the adapter that is written; None: a full checkpoint, in which a tensor is thin where every source that
+            moves it does so by thin factors.
+
+    Returns:
+        by the base's name of a tensor, the largest rank of its factors. Tensors that may have full rank are not in it:
+        their factors would be no smaller than themselves.
+    """
+    names = [name for unit in units for name in unit.tensors]
+    if adapter is not None:
+        known = {own.base_name: adapter.rank_of(own) for own in adapter.targets if own.factored}
+        ranks = {name: known[name] for name in names if name in known}
+    else:
+        matrices = [name for name in names if len(inputs.base.shape(name)) > 1]
+        moved = [name for name in matrices if any(source.may_move(name) for source in inputs.weighted)]
+        ranks = {name: _limit(inputs, name) for name in moved}
+    return {name: rank for name, rank in ranks.items() if rank < _full_rank(inputs.base.shape(name))}
+
+
+def _full_rank(shape: tuple[int, ...]) -> int:
+    """The rank that a tensor's factors never exceed; of a stack, that of each of its matrices."""
+    return min(shape[-2:]) if len(shape) == 3 else min(shape[0], torch.Size(shape[1:]).numel())
+
+
 def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> tuple[Target, ...]:
     modules = dict(layout.model.named_modules())
     owners = {base: (modules[own.rpartition(".")[0]], own.rpartition(".")[2]) for base, own in names.items()}
@@ -137,20 +214,60 @@ def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> t
     targets = []
     for base_name, own in names.items():
         module, part = owners[base_name]
-        if id(module) in whole:
-            targets.append(Target(base_name, own, "whole"))
-        elif isinstance(module, FACTORED) and part == "weight" and not (biased and isinstance(module, nn.Embedding)):
-            targets.append(Target(base_name, own, "factors", _limit(inputs, base_name)))
-        elif isinstance(module, FACTORED) and part == "bias":
-            targets.append(Target(base_name, own, "bias"))
-        elif part in ("weight", "bias"):
-            targets.append(Target(base_name, own, "whole"))
-        else:
-            raise InputError(
-                f"as_adapter=True: '{own}' of a {type(module).__name__} is merged, which no adapter holds alone; merge "
-                "into a full checkpoint"
-            )
+        form: Form = "whole"
+        if id(module) not in whole:
+            form = _form(inputs, base_name, module, part, biased)
+        limit = _limit(inputs, base_name) if form in ("factors", "parameter") else 0
+        targets.append(Target(base_name, own, form, limit))
+    _check_parameters(layout, targets)
     return tuple(targets)
+
+
+def _form(inputs: Inputs, name: str, module: nn.Module, part: str, biased: bool) -> Form:
+    """How an adapter keeps a tensor of a module that it does not bring whole.
+
+    Args:
+        inputs: base and sources.
+        name: the base's name of the tensor.
+        module: whose tensor it is.
+        part: what the module calls it.
+        biased: whether the adapter's factors have biases, which those of embeddings cannot.
+    """
+    if isinstance(module, FACTORED):
+        if part == "bias":
+            return "bias"
+        return "whole" if biased and isinstance(module, nn.Embedding) else "factors"
+    matrix = len(inputs.base.shape(name)) in (2, 3)
+    thin = all(source.rank(name) is not None for source in inputs.weighted if source.may_move(name))
+    if part == "bias" or (part == "weight" and not (matrix and thin)):
+        return "whole"
+    if matrix:
+        return "parameter"
+    raise InputError(
+        f"as_adapter=True: '{name}' of a {type(module).__name__} is merged, which no adapter holds alone; merge into a "
+        "full checkpoint"
+    )
+
+
+def _check_parameters(layout: ModelLayout, targets: Sequence[Target]) -> None:
+    """Refuse single parameters beside what PEFT cannot have beside them."""
+    single = [target for target in targets if target.form == "parameter"]
+    if not single:
+        return
+    way_out = "merge into a full checkpoint"
+    biases = [target.name for target in targets if target.form == "bias"]
+    if biases:
+        raise InputError(
+            f"as_adapter=True: the sources change biases ({few(biases)}) and single parameters "
+            f"({few([target.name for target in single])}); PEFT has no adapter with both: {way_out}"
+        )
+    inside = tuple(f"{target.module}." for target in single)
+    for target in targets:
+        if target.form != "parameter" and f"{target.module}.".startswith(inside):
+            raise InputError(
+                f"as_adapter=True: the sources change '{target.name}' and single parameters of a module around it; "
+                f"PEFT has no name for both: {way_out}"
+            )
 
 
 def _comes_whole(inputs: Inputs, name: str) -> bool:
@@ -167,8 +284,7 @@ def _comes_whole(inputs: Inputs, name: str) -> bool:
 
 def _limit(inputs: Inputs, name: str) -> int:
     """The sum of the ranks of what the sources do to a tensor; its own where one of them is dense."""
-    shape = inputs.base.shape(name)
-    full = min(shape[0], torch.Size(shape[1:]).numel())
+    full = _full_rank(inputs.base.shape(name))
     ranks = 0
     for source in inputs.weighted:
         if source.may_move(name):

@@ -1,10 +1,11 @@
 """Functional dual anchors: the container, their construction, and adaptation to them."""
 
-from hf_fda.anchors.adaptation import Adapted, CoefficientAdam, Objective, adapt_unit
+from hf_fda.anchors.adaptation import Adapted, Objective, adapt_unit
 from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors, construct_unit
 from hf_fda.anchors.container import FunctionalDualAnchors
 from hf_fda.anchors.files import AnchorsInfo
+from hf_fda.anchors.stepping import CoefficientAdam, Moves
 
 __all__ = [
     "Adapted",
@@ -12,6 +13,7 @@ __all__ = [
     "AnchorsInfo",
     "CoefficientAdam",
     "FunctionalDualAnchors",
+    "Moves",
     "Objective",
     "UnitAnchors",
     "adapt_unit",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,72 +11,20 @@ from torch import Tensor, nn
 
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.metric import shift_metric
+from hf_fda.anchors.stepping import Moves, Product, Stepper
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
+from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods.fda import AdaptationDistance, Schedule
-
-
-class CoefficientAdam:
-    """Adam on elementwise coefficients of K task vectors, with the state of one.
-
-    With ``theta = theta_0 + sum_k alpha_k * tau_k`` and g the gradient at theta, the gradient of alpha_k is
-    ``tau_k g``, so its moments are ``tau_k m`` and ``tau_k^2 v`` where m and v are those of g. Adam's step on all
-    alpha_k therefore moves theta by
-
-        ``-lr * m_hat / sqrt(v_hat) * sum_k |tau_k|``
-
-    which needs one (m, v) per entry instead of K, and the sum of the magnitudes instead of the K task vectors. Adam's
-    epsilon is added to ``sqrt(v_hat)``, that is to the gradient of theta, not of alpha_k. With scales of one this is
-    Adam on the parameters themselves.
-
-    Args:
-        parameters: P tensors, changed in place.
-        scales: for each parameter ``sum_k |tau_k|``, of its shape; None: ones.
-        learning_rate: Adam's step size, in units of a coefficient (of a parameter, where `scales` is None).
-        betas: decay rates of the moments.
-        eps: Adam's epsilon.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        scales: Sequence[Tensor] | None,
-        learning_rate: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self.parameters = [parameter.detach() for parameter in parameters]
-        self.scales = None if scales is None else list(scales)
-        self.learning_rate, self.betas, self.eps = learning_rate, betas, eps
-        self.first = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.second = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], rate: float = 1.0) -> None:
-        """One step along `gradients`, in the order of the parameters; `rate` is a factor of the step size."""
-        self.steps += 1
-        low, high = self.betas
-        own = list(gradients)
-        torch._foreach_lerp_(self.first, own, 1 - low)
-        torch._foreach_mul_(self.second, high)
-        torch._foreach_addcmul_(self.second, own, own, 1 - high)
-        root = torch._foreach_div(self.second, 1 - high**self.steps)
-        torch._foreach_sqrt_(root)
-        torch._foreach_add_(root, self.eps)
-        size = -rate * self.learning_rate / (1 - low**self.steps)
-        if self.scales is None:
-            torch._foreach_addcdiv_(self.parameters, self.first, root, size)
-        else:
-            change = torch._foreach_div(self.first, root)
-            torch._foreach_addcmul_(self.parameters, change, self.scales, size)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """An adapted unit: its parameters by name (on the CPU) and the mean distance before and after."""
+    """An adapted unit (on the CPU) and the mean distance before and after: its parameters by name, and of those that
+    moved by their factors these, ``theta - theta_0``, instead."""
 
     parameters: dict[str, Tensor]
+    factors: dict[str, LowRank]
     loss_before: float
     loss_after: float
 
@@ -168,7 +116,7 @@ def adapt_unit(
     module: nn.Module,
     call: UnitCall,
     objective: Objective,
-    scales: Mapping[str, Tensor] | None,
+    moves: Moves,
     *,
     epochs: int,
     learning_rate: float,
@@ -185,16 +133,17 @@ def adapt_unit(
     host looks at the loss once in ten epochs.
 
     Args:
-        module: the unit at its start; changed in place.
+        module: the unit at its start (at theta_0 in what is factored); changed in place.
         call: how to call it.
         objective: what to match.
-        scales: ``sum_k |tau_k|`` by parameter name: step on elementwise coefficients. None: on the parameters.
+        moves: what is stepped on, and where factors start.
         epochs: passes over all anchors.
         learning_rate: Adam's step size.
         schedule: "constant", or "linear": the step size falls to zero over all steps.
         batch_size: anchors a step, drawn from all sources mixed.
         generator: on the CPU; the order of the batches.
-        interpolation: how far to go from the start (0) to the fitted parameters (1); the loss after is measured there.
+        interpolation: how far to go from the start (0) to the end (1) in what is stepped on; the loss after is measured
+            there.
         frozen: names of parameters that stay as they are.
         report: called with (epoch, loss) now and then.
 
@@ -202,10 +151,12 @@ def adapt_unit(
         RunError: when the loss becomes infinite or not a number.
     """
     everything = dict(module.requires_grad_(False).named_parameters())
+    products = {name: Product(everything[name], own) for name, own in moves.factors.items()}
     moving = {name: value.requires_grad_(True) for name, value in everything.items() if name not in frozen}
     parameters = list(moving.values())
-    start = [value.detach().to("cpu", copy=True) for value in parameters] if interpolation < 1 else []
-    stepper = CoefficientAdam(parameters, None if scales is None else [scales[name] for name in moving], learning_rate)
+    followed = {name: own for name, own in products.items() if name in moving}
+    stepper = Stepper(moving, followed, moves.scales, learning_rate)
+    start = stepper.values() if interpolation < 1 else []
 
     def run(x: Tensor) -> Tensor:
         return call(module, x)
@@ -224,7 +175,9 @@ def adapt_unit(
             if not math.isfinite(current):
                 raise RunError(f"the adaptation loss is {current} at epoch {epoch}; try a smaller step size")
             report(epoch + 1, current)
-    for value, origin in zip(parameters, start, strict=False):
-        value.data = origin.to(value.device).lerp_(value.data, interpolation)
+    if interpolation < 1:
+        stepper.draw_back(start, interpolation)
     after = objective.mean(run, batch_size)
-    return Adapted({name: value.detach().cpu() for name, value in everything.items()}, before, after)
+    plain = {name: value.detach().cpu() for name, value in everything.items() if name not in products}
+    factors = {name: own.product.to("cpu", torch.float32) for name, own in products.items()}
+    return Adapted(plain, factors, before, after)

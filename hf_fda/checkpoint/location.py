@@ -26,17 +26,33 @@ from hf_fda.hub import UNREACHABLE, hub_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 
 
 @dataclass
 class Location:
-    """Files of one checkpoint. `folder` is set for a folder, `repo_id` and `commit` for a Hub repository."""
+    """Files of one checkpoint. `folder` is set for a folder, `repo_id` and `commit` for a Hub repository, of which the
+    files may lie in a `subfolder`. `inner` are the files one folder further in."""
 
     id: str
     folder: Path | None = None
     repo_id: str | None = None
     commit: str | None = None
     names: tuple[str, ...] = field(default=())
+    subfolder: str = ""
+    inner: tuple[str, ...] = field(default=())
+
+    def holding(self, name: str) -> tuple[str, ...]:
+        """The folders in it that hold a file of some name."""
+        return tuple(own.removesuffix(f"/{name}") for own in self.inner if own.endswith(f"/{name}"))
+
+    def inside(self, subfolder: str) -> Location:
+        """A folder in it."""
+        names = tuple(own.removeprefix(f"{subfolder}/") for own in self.inner if own.startswith(f"{subfolder}/"))
+        repo_id, at, revision = self.id.partition("@")
+        id = f"{self.id.rstrip('/')}/{subfolder}" if self.repo_id is None else f"{repo_id}/{subfolder}{at}{revision}"
+        folder = None if self.folder is None else self.folder / subfolder
+        return Location(id, folder, self.repo_id, self.commit, names, subfolder)
 
     def path(self, name: str) -> Path:
         """The local path of one file; a Hub file is downloaded into the cache first."""
@@ -44,7 +60,11 @@ class Location:
             return self.folder / name
         assert self.repo_id is not None
         with hub_errors(self.id, file=name):
-            return Path(hf_hub_download(self.repo_id, name, revision=self.commit))
+            return Path(hf_hub_download(self.repo_id, self._remote(name), revision=self.commit))
+
+    def _remote(self, name: str) -> str:
+        """A file's name in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def json(self, name: str) -> Any:
         """A JSON file's content.
@@ -64,13 +84,14 @@ class Location:
         if self.folder is not None:
             return read_header(self.folder / name)
         assert self.repo_id is not None
+        remote = self._remote(name)
         try:
-            return read_header(Path(hf_hub_download(self.repo_id, name, revision=self.commit, local_files_only=True)))
+            return read_header(Path(hf_hub_download(self.repo_id, remote, revision=self.commit, local_files_only=True)))
         except LocalEntryNotFoundError:
             pass
         try:
             with hub_errors(self.id, file=name):
-                metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, name, revision=self.commit)
+                metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, remote, revision=self.commit)
         except (SafetensorsParsingError, NotASafetensorsRepoError):
             raise InputError(f"{self.id}: {name} on the Hub is no safetensors file, or damaged") from None
         return {
@@ -110,7 +131,7 @@ class Location:
         raise InputError(f"{self.id}: {self._no_weights()}")
 
     def _no_weights(self) -> str:
-        if "adapter_config.json" in self.names:
+        if ADAPTER in self.names:
             return "this is a PEFT adapter; an adapter is a source: give what it was trained on as the base"
         if any(re.fullmatch(r".*\.(bin|pt|pth|ckpt)", name) for name in self.names):
             return (
@@ -124,7 +145,7 @@ def locate(id: str | os.PathLike[str], revision: str | None = None) -> Location:
     """Find a checkpoint.
 
     Args:
-        id: a folder, or a Hub id: "org/name" or "org/name@revision".
+        id: a folder, or a Hub id: "org/name", "org/name@revision", or a folder in one: "org/name/folder@revision".
         revision: a branch, tag or commit; wins over one inside `id`.
 
     Raises:
@@ -133,17 +154,31 @@ def locate(id: str | os.PathLike[str], revision: str | None = None) -> Location:
     text = os.fspath(id)
     folder = Path(text).expanduser()
     if folder.is_dir():
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-        return Location(text, folder=folder, names=tuple(names))
+        names, inner = _files_in(folder)
+        return Location(text, folder=folder, names=names, inner=inner)
     if folder.exists():
         raise InputError(f"{text}: is a file; pass the folder it lies in")
     repo_id, _, inside = text.partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or text.startswith((".", "/", "~")):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", repo_id) or text.startswith((".", "/", "~")):
         raise InputError(f"{text}: no such folder, and not a Hub id ('org/name' or 'org/name@revision') either")
-    return _on_hub(text, repo_id, revision or inside or None)
+    org, *rest = repo_id.split("/")
+    found = _on_hub(text, "/".join([org, *rest[:1]]), revision or inside or None, "/".join(rest[1:]))
+    if found.subfolder and not found.names:
+        raise InputError(f"{text}: no such folder, and the repository '{found.repo_id}' has none of that name either")
+    return found
 
 
-def _on_hub(text: str, repo_id: str, revision: str | None) -> Location:
+def _files_in(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a folder's files, and of those in its folders."""
+    entries = list(os.scandir(folder))
+    names = sorted(entry.name for entry in entries if entry.is_file())
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    readable = [own for own in folders if os.access(own.path, os.R_OK | os.X_OK)]
+    inner = [f"{own.name}/{entry.name}" for own in readable for entry in os.scandir(own.path) if entry.is_file()]
+    return tuple(names), tuple(sorted(inner))
+
+
+def _on_hub(text: str, repo_id: str, revision: str | None, subfolder: str) -> Location:
     api = HfApi()
     with hub_errors(text, "no such folder, not in the cache, and "):
         try:
@@ -152,22 +187,30 @@ def _on_hub(text: str, repo_id: str, revision: str | None) -> Location:
         except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
             raise
         except UNREACHABLE as error:
-            cached = _in_cache(text, repo_id, revision)
+            cached = _in_cache(text, repo_id, revision, subfolder)
             if cached is None:
                 raise error from error.__cause__
             return cached
-    names = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
-    return Location(text, repo_id=repo_id, commit=info.sha, names=names)
+    prefix = f"{subfolder}/" if subfolder else ""
+    within = sorted(own.rfilename for own in info.siblings or () if own.rfilename.startswith(prefix))
+    names = tuple(own.removeprefix(prefix) for own in within)
+    inner = tuple(own for own in names if own.count("/") == 1)
+    return Location(text, None, repo_id, info.sha, names, subfolder, inner)
 
 
-def _in_cache(text: str, repo_id: str, revision: str | None) -> Location | None:
+def _in_cache(text: str, repo_id: str, revision: str | None, subfolder: str) -> Location | None:
     """A repository as an earlier run left it in the cache; None when its weights are not there."""
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
         return None
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    found = Location(text, folder=folder, repo_id=repo_id, commit=folder.name, names=tuple(names))
+    own = folder / subfolder
+    if not own.is_dir():
+        return None
+    names, inner = _files_in(own)
+    found = Location(text, own, repo_id, folder.name, names, subfolder, inner)
+    if ADAPTER in names or found.holding(ADAPTER):
+        return found
     try:
         found.weight_files()
     except InputError:

@@ -337,7 +337,10 @@ def open_checkpoint(
             return ModelCheckpoint(source, source.config._name_or_path or type(source).__name__)
         if not isinstance(source, (str, os.PathLike)):
             raise InputError(f"must be a folder, a Hub id or a transformers model, not {type(source).__name__}")
-        return FileCheckpoint(locate(source, revision), trust_remote_code)
+        location = locate(source, revision)
+        if location.subfolder:
+            raise InputError(f"{location.id}: only adapters are found in a folder of a repository; download it first")
+        return FileCheckpoint(location, trust_remote_code)
     except InputError as error:
         raise InputError(f"{label}: {error}") from None
 

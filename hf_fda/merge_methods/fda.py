@@ -17,7 +17,7 @@ AdaptationDistance = Literal["shift", "cosine", "mse", "mae"]
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["highest", "high", "medium"]
 Schedule = Literal["constant", "linear"]
-Parametrization = Literal["coefficients", "parameters"]
+Parametrization = Literal["coefficients", "parameters", "factors"]
 
 CONSTRUCTION_FIELDS = (
     "initialization",
@@ -36,6 +36,9 @@ CONSTRUCTION_FIELDS = (
 
 COEFFICIENT_EPOCHS = 20
 """Passes of adaptation on coefficients, three times as many from the base, which is further away."""
+
+FACTOR_EPOCHS = 40
+"""The same on thin factors, which a start of full rank has been cut to."""
 
 COEFFICIENT_STEP = 3e-2
 """Its step size, as a fraction of the sum of the task vectors' magnitudes, falling to zero."""
@@ -95,8 +98,9 @@ class FDAConfig(MethodConfig):
     )
     interpolation: float | None = option(
         None,
-        "how far the merge goes from its start (0) to the adapted parameters (1), on the straight line between them; "
-        "none: half way from tsv and isotropic in text models, else all the way",
+        "how far the merge goes from its start (0) to the adapted parameters (1), on the straight line between them "
+        "(between the factors, where these are stepped on); "
+        "none: half way from tsv and isotropic in text models unless on factors, else all the way",
         minimum=0,
         maximum=1,
     )
@@ -105,8 +109,10 @@ class FDAConfig(MethodConfig):
     )
     parametrization: Parametrization | None = option(
         None,
-        "what adaptation steps on: elementwise coefficients of the sources' task vectors, or parameters; "
-        "none: coefficients, or parameters where a source is anchors only",
+        "what adaptation steps on: elementwise coefficients of the sources' task vectors, parameters, or thin factors "
+        "of what is added to the base's matrices (of the adapter's rank, or the sum of the sources'; coefficients "
+        "of the rest, and where full rank is allowed); "
+        "none: coefficients, factors where an adapter is written, parameters where a source is anchors only",
     )
     batch_size: int | None = option(
         None, "anchors per adaptation step; none: 128, or a quarter of num_anchors where that is more", minimum=1
@@ -171,16 +177,20 @@ class FDAConfig(MethodConfig):
             chosen["epochs"] = 100 if family == "vision" else 25 if large else 125
             chosen["adaptation_learning_rate"] = 1e-5 if family == "vision" else 5e-5
         else:
-            chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else COEFFICIENT_EPOCHS
+            passes = FACTOR_EPOCHS if self.parametrization == "factors" else COEFFICIENT_EPOCHS
+            chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else passes
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
-        # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903)
-        spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates
+        # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903).
+        # Cut to the rank of factors it holds that no longer.
+        spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates and self.parametrization != "factors"
         chosen["interpolation"] = 0.5 if spectral and family != "vision" else 1.0
         chosen["batch_size"] = max(128, (self.num_anchors or chosen["num_anchors"]) // 4)
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 
-    def with_sources(self, names: list[str], all_have_weights: bool, all_thin: bool = False) -> FDAConfig:
+    def with_sources(
+        self, names: list[str], all_have_weights: bool, all_thin: bool = False, as_adapter: bool = False
+    ) -> FDAConfig:
         """The config with `initial`, `rest` and `parametrization` chosen where they are open, and their weights in the
         order of sources.
 
@@ -188,6 +198,7 @@ class FDAConfig(MethodConfig):
             names: of the sources.
             all_have_weights: whether none is anchors only; a method has nothing to merge of such a source.
             all_thin: whether all are adapters; a flat spectrum overdoes their few directions, and no rank holds it.
+            as_adapter: whether an adapter is written.
         """
         roles: dict[str, Any] = {}
         start = ("task_arithmetic", {"scaling": 0.3}) if all_thin else ("isotropic", {"scaling": 3.0})
@@ -196,7 +207,8 @@ class FDAConfig(MethodConfig):
             if value is None:
                 value = method_class(method).from_options(options) if all_have_weights else "base"
             roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
-        roles["parametrization"] = self.parametrization or ("coefficients" if all_have_weights else "parameters")
+        stepped = "parameters" if not all_have_weights else "factors" if as_adapter else "coefficients"
+        roles["parametrization"] = self.parametrization or stepped
         return dataclasses.replace(self, **roles)
 
     def descent(self) -> dict[str, Any]:

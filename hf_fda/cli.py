@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,19 @@ def _parse(words: list[str]) -> argparse.Namespace:
         return _parser().parse_args(words)
 
 
+@contextmanager
+def _loading() -> Iterator[None]:
+    """While the libraries are imported: what they make stays for good, so that the collector need never look at it."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
 def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
-    from hf_fda.configured import merge_config
-    from hf_fda.merging import merge
+    with _loading():
+        from hf_fda.configured import merge_config
+        from hf_fda.merging import merge
 
     if is_document(arguments.config):
         merged = merge_config(arguments.config, quiet=arguments.quiet, **document_arguments(arguments, loose))
@@ -86,8 +97,9 @@ def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
 
 
 def _plan(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
-    from hf_fda.configured import plan_config
-    from hf_fda.planning import plan
+    with _loading():
+        from hf_fda.configured import plan_config
+        from hf_fda.planning import plan
 
     if is_document(arguments.config):
         plans = plan_config(arguments.config, processes=arguments.processes, **document_arguments(arguments, loose))
@@ -128,7 +140,8 @@ def _methods(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
 
 
 def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
-    from hf_fda.anchors import FunctionalDualAnchors
+    with _loading():
+        from hf_fda.anchors import FunctionalDualAnchors
 
     FunctionalDualAnchors.construct(
         arguments.base,
@@ -145,7 +158,8 @@ def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> Non
 
 
 def _extract(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
-    from hf_fda.merging import extract
+    with _loading():
+        from hf_fda.merging import extract
 
     if arguments.rank is None and arguments.energy is None:
         raise InputError("say how large the adapter may be: --rank R or --energy E (1 keeps all)")

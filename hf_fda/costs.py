@@ -141,7 +141,7 @@ def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> 
     """Merging one tensor of the base by a parameter-space method, read and written apart."""
     shape, role = base.layout.shapes[name], base.layout.roles[name]
     entries = prod(shape)
-    if config.scope != "matrix" or by_entry(config, role) or len(shape) < 2:
+    if by_entry(config, role) or config.trims or config.spans or len(shape) < 2:
         return Work(moved=8 * entries * (3 * sources + 3))
     if config.scope == "tensor":
         return Work(moved=8 * entries * TENSOR_PASSES * sources)

@@ -44,11 +44,12 @@ class Footprint:
         read = self.read_bytes(own)
         if recipe.config is None:
             return written + entries * self.inputs.base.dtype(own).itemsize
-        if not recipe.config.trims and not by_entry(recipe.config, result.layout.roles[name]):
+        held = trims(recipe.config) or recipe.config.spans
+        if not held and not recipe.config.trims and not by_entry(recipe.config, result.layout.roles[name]):
             return written + entries * 4 * (3 * len(sources) + 8)
         whole = [source for source in sources if own in source.tensor_of and not source.in_parts(own)]
         converted = 2 * read if whole or not self.inputs.base.in_parts(own) else 0
-        return written + converted + (read if trims(recipe.config) else 0)
+        return written + converted + (read if held else 0)
 
     def read_bytes(self, own: str) -> int:
         """Bytes of one of the base's tensors in base and sources, as they are stored."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import fsum, prod
+from math import fsum, isfinite, prod
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_fda.errors import RunError
 from hf_fda.merge_methods import MethodConfig
+from hf_fda.merge_methods.spanning import products_of
 from hf_fda.selection import Cut, keep, shares, tied
 from hf_fda.taskvectors import StoredPart, TaskVectors
 from hf_fda.tensorwise import BLOCK, PART, apply_method, by_entry, parts_of
@@ -71,13 +72,16 @@ class TensorMerger:
             return base.read(name)
         shape, role = base.shape(name), base.layout.roles[name]
         factors = mean_of_models(self.vectors, name, config, dtype)
-        if factors is None and not config.trims and not by_entry(config, role):
+        if factors is None and not (config.trims or config.spans or by_entry(config, role)):
             return self._whole(name, config).to(dtype)
         out = torch.empty(prod(shape), dtype=dtype)
+        count = len(out) // shape[0] if role == "stack" else len(out)  # each weight of a stack is merged alone
         if factors is not None:
             self._over(name, parts_of(len(out)), lambda part: self._combine(name, factors, part, out))
+        elif config.spans:
+            for region in parts_of(len(out), count):
+                self._span(name, config, region, out)
         elif trims(config) and not self.vectors.cuts:
-            count = len(out) // shape[0] if role == "stack" else len(out)  # each weight of a stack is trimmed alone
             for region in parts_of(len(out), count):
                 self._trim_and_merge(name, config, region, out)
         else:
@@ -98,14 +102,11 @@ class TensorMerger:
             self.vectors.note_move(self.sources[number].name, partial(self._differs, name, part, model))
         growth = (len(factors) + 1) * fsum(abs(factor) for _, factor in factors)
         narrow = all(model.dtype in HALF_TYPES for model in (*models, out)) and growth <= MARGIN
-        total = torch.empty(0)
+        work = torch.float32 if narrow else self._exact
         for block in parts_of(part.stop - part.start, BLOCK):
-            for number, (_, factor) in enumerate(factors):
-                model = models[number][block].to(self.device)
-                if number:
-                    total.add_(model, alpha=factor)
-                else:
-                    total = model.to(torch.float32 if narrow else self._exact, copy=True).mul_(factor)
+            total = models[0][block].to(self.device, work, copy=True).mul_(factors[0][1])
+            for model, (_, factor) in zip(models[1:], factors[1:], strict=True):
+                total.add_(model[block].to(self.device, work), alpha=factor)  # twice as fast as adding mixed types
             out[part][block] = total
         check_finite(name, out[part])
 
@@ -147,6 +148,43 @@ class TensorMerger:
                 tasks = [keep(task, cut) for task, cut in zip(tasks, own, strict=True)]
             out[part][block] = base.add_(config.merge(base, tasks, generator))
         check_finite(name, out[part])
+
+    # -- at factors that follow from inner products ----------------------------------------------------------------
+
+    def _span(self, name: str, config: MethodConfig, region: slice, out: Tensor) -> None:
+        """Merge a region of a tensor as a combination of base and task tensors."""
+        parts = [slice(region.start + own.start, region.start + own.stop) for own in parts_of(len(out[region]))]
+        read = self._over(name, parts, lambda part: self._read_and_multiply(name, part))
+        products = torch.stack([own for _, own in read]).sum(0)
+        for source, length in zip(self.sources, products.diagonal()[1:].tolist(), strict=True):
+            if not isfinite(length):
+                raise RunError(f"source '{source.name}': tensor '{name}' is not finite; check its weights")
+            self.vectors.note_move(source.name, partial(bool, length))
+        factors = config.combination(products).tolist()
+        add = partial(self._add_up, name, factors, out)
+        list(self.workers.each(lambda number: add(parts[number], read[number][0]), range(len(parts))))
+
+    def _read_and_multiply(self, name: str, part: slice) -> tuple[StoredPart, Tensor]:
+        stored = self.vectors.stored(name, part)
+        products = torch.zeros(len(self.sources) + 1, len(self.sources) + 1, dtype=torch.float64)
+        for block in stored.blocks():
+            base, tasks = stored.read(block, self.device, self._type_for(stored, torch.bfloat16))
+            products += products_of([base, *tasks])
+        return stored, products
+
+    def _add_up(self, name: str, factors: Sequence[float], out: Tensor, part: slice, stored: StoredPart) -> None:
+        """``theta_0 + c_0 theta_0 + sum_i c_i tau_i`` of part of a tensor, into `out`."""
+        for block in stored.blocks():
+            base, tasks = stored.read(block, self.device, self._type_for(stored, out.dtype))
+            base.mul_(1 + factors[0])
+            for task, factor in zip(tasks, factors[1:], strict=True):
+                base.add_(task, alpha=factor)
+            out[part][block] = base
+        check_finite(name, out[part])
+
+    def _type_for(self, stored: StoredPart, written: torch.dtype) -> torch.dtype:
+        """A wider type than those of what is read and written."""
+        return torch.float32 if stored.base.dtype in HALF_TYPES and written in HALF_TYPES else self._exact
 
     # -- trimmed, then entry by entry ------------------------------------------------------------------------------
 

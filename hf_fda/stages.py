@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,12 +70,7 @@ def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, te
     for _ in range(len(pieces) - len(unfinished)):
         progress.finish("what an earlier run finished")
     owners = assign([piece.cost for piece in unfinished], team.count)
-    for piece, owner in zip(unfinished, owners, strict=True):
-        if owner == team.rank:
-            progress.now(piece.label)
-            store.write(piece.file, piece.key, piece.make())
-            release_memory()
-            progress.finish(piece.label)
+    _make([piece for piece, owner in zip(unfinished, owners, strict=True) if owner == team.rank], store, progress)
     others = [piece for piece, owner in zip(unfinished, owners, strict=True) if owner != team.rank]
     if others:
         progress.now("waiting for the other processes")
@@ -83,3 +79,19 @@ def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, te
         store.await_file(piece.file)
         progress.finish(piece.label)
     team.wait()  # until all have seen the files, which the next stage may move away
+
+
+def _make(pieces: Sequence[Piece], store: Store, progress: Progress) -> None:
+    """Make pieces one after the other; while one is on its way to the disk, the next is made."""
+    with ThreadPoolExecutor(1, "disk") as disk:
+        before: Future[Path] | None = None
+        for piece in pieces:
+            progress.now(piece.label)
+            filled = store.fill(piece.file, piece.key, piece.make())
+            release_memory()
+            if before is not None:
+                before.result()
+            before = disk.submit(store.settle, filled)
+            progress.finish(piece.label)
+        if before is not None:
+            before.result()

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def new_folder(output: str | os.PathLike[str]) -> Path:
 def key_of(*facts: Any) -> str:
     """A hash of plain values (numbers, strings, lists, mappings) that determine a file."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A file that is written under a temporary name, and what will be recorded of it."""
+
+    name: str
+    temporary: Path
+    facts: dict[str, Any]
 
 
 class Store:
@@ -77,6 +87,10 @@ class Store:
         Raises:
             RunError: when the disk is full or cannot be written.
         """
+        return self.settle(self.fill(name, key, writer))
+
+    def fill(self, name: str, key: str, writer: Callable[[Path], str]) -> Filled:
+        """The first half of `write`: the file is written, and not yet sure to be on the disk."""
         path, record = self.folder / name, self._record(name)
         temporary = self._partial(name)
         with self._disk_errors(path):
@@ -84,12 +98,17 @@ class Store:
                 parent.mkdir(parents=True, exist_ok=True)
             record.unlink(missing_ok=True)
             written = writer(temporary)
-            facts = {"key": key, "size": temporary.stat().st_size, "sha256": written}
-            _flush(temporary)
-            os.replace(temporary, path)
-            partial = self._partial(f"{name}.json")
-            partial.write_text(json.dumps(facts), encoding="utf-8")
-            os.replace(partial, record)
+            return Filled(name, temporary, {"key": key, "size": temporary.stat().st_size, "sha256": written})
+
+    def settle(self, filled: Filled) -> Path:
+        """The second half of `write`: the file goes to the disk, takes its name and is recorded."""
+        path = self.folder / filled.name
+        with self._disk_errors(path):
+            _flush(filled.temporary)
+            os.replace(filled.temporary, path)
+            partial = self._partial(f"{filled.name}.json")
+            partial.write_text(json.dumps(filled.facts), encoding="utf-8")
+            os.replace(partial, self._record(filled.name))
         return path
 
     def await_file(self, name: str, seconds: float = 120.0) -> None:

@@ -100,6 +100,23 @@ class MethodConfig:
         """
         return None
 
+    @property
+    def spans(self) -> bool:
+        """Whether the merged task tensor is a combination of theta_0 and the task tensors whose factors follow from
+        their inner products alone (`combination`)."""
+        return False
+
+    def combination(self, products: Tensor) -> Tensor:
+        """The factors of theta_0 and of the K task tensors in the merged task tensor; of a method that `spans`.
+
+        Args:
+            products: (K + 1, K + 1) in float64, inner products of theta_0 and the task tensors, in this order.
+
+        Returns:
+            (K + 1,) in float64.
+        """
+        raise TypeError(f"method '{self.name}' does not follow from inner products")
+
     def of_each(self, name: str, count: int) -> tuple[float, ...]:
         """The values of an option in the order of the sources.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_fda.merge_methods.config import Scope, WeightedConfig, option
 from hf_fda.merge_methods.registry import register
-from hf_fda.tensors import total
+from hf_fda.merge_methods.spanning import spanned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,27 @@ class KarcherConfig(WeightedConfig):
 
     max_iter: int = option(10, "steps towards the mean", minimum=0)
     tol: float = option(1e-5, "angle in radians below which a step is no step", minimum=0)
+
+    @property
+    def spans(self) -> bool:
+        """As `MethodConfig.spans`."""
+        return True
+
+    def combination(self, products: Tensor) -> Tensor:
+        """As `MethodConfig.combination`."""
+        count = len(products) - 1
+        found = torch.eye(count + 1, dtype=products.dtype)
+        if count == 1:
+            return found[1]
+        models = found[1:] + found[0]
+        shares = products.new_tensor(self.shares(count))
+        norms = ((models @ products) * models).sum(1).clamp_min(0).sqrt()
+        there = norms > 0
+        if not float(shares[there].sum()):
+            return -found[0]
+        units, own = models[there] / norms[there, None], shares[there] / shares[there].sum()
+        mean = _descend(units, own, products, self.max_iter, self.tol)
+        return (shares @ norms) * mean - found[0]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,41 +65,37 @@ def karcher(base: Tensor, tasks: Sequence[Tensor], config: KarcherConfig) -> Ten
         tasks: K task tensors of that shape.
         config: the options; `weights` in the order of `tasks`.
     """
-    if len(tasks) == 1:
-        return tasks[0].clone()
-    shares = config.shares(len(tasks))
-    units, own, length = [], [], base.new_zeros(())
-    for task, share in zip(tasks, shares, strict=True):
-        model = (base + task).flatten()
-        norm = model.norm()
-        length = length + share * norm
-        if norm > 0:
-            units.append(model / norm)
-            own.append(share)
-    if not sum(own):
-        return -base
-    mean = _descend(units, [share / sum(own) for share in own], config.max_iter, config.tol)
-    return (length * mean).view_as(base) - base
+    return spanned(base, tasks, config)
 
 
-def _descend(units: Sequence[Tensor], shares: Sequence[float], steps: int, tolerance: float) -> Tensor:
-    """The weighted Karcher mean of unit vectors."""
-    mean = total(share * unit for share, unit in zip(shares, units, strict=True))
-    mean = mean / mean.norm() if mean.norm() >= tolerance else units[0]
+def _descend(units: Tensor, shares: Tensor, products: Tensor, steps: int, tolerance: float) -> Tensor:
+    """The weighted Karcher mean of unit vectors in the span of some others.
+
+    Args:
+        units: (K, M), factors of the others in each.
+        shares: (K,), that add up to one.
+        products: (M, M), inner products of the others.
+        steps: towards the mean, at most.
+        tolerance: angle in radians below which a step is none.
+    """
+
+    def norm(vector: Tensor) -> Tensor:
+        return (vector @ products @ vector).clamp_min(0).sqrt()
+
+    mean = shares @ units
+    mean = mean / norm(mean) if norm(mean) >= tolerance else units[0]
     for _ in range(steps):
-        step = total(share * _logarithm(mean, unit, tolerance) for share, unit in zip(shares, units, strict=True))
-        angle = step.norm()
-        if angle < tolerance:
+        step = torch.zeros_like(mean)
+        for share, unit in zip(shares, units, strict=True):
+            cosine = unit @ products @ mean
+            tangent = unit - cosine * mean  # at the mean, towards the unit vector
+            sine = norm(tangent)
+            angle = torch.atan2(sine, cosine)
+            if angle >= tolerance and sine > 0:
+                step = step + share * tangent * (angle / sine)
+        length = norm(step)
+        if length < tolerance:
             break
-        mean = torch.cos(angle) * mean + torch.sin(angle) * (step / angle)
-        mean = mean / mean.norm()
+        mean = torch.cos(length) * mean + torch.sin(length) * (step / length)
+        mean = mean / norm(mean)
     return mean
-
-
-def _logarithm(mean: Tensor, unit: Tensor, tolerance: float) -> Tensor:
-    """The tangent at `mean` that leads to `unit`, as long as the angle between them."""
-    cosine = torch.dot(mean, unit)
-    tangent = unit - cosine * mean
-    sine = tangent.norm()
-    angle = torch.atan2(sine, cosine)
-    return tangent * (angle / sine) if angle >= tolerance and sine > 0 else torch.zeros_like(mean)

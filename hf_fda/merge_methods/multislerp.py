@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_fda.merge_methods.config import Scope, WeightedConfig, option
 from hf_fda.merge_methods.registry import register
-from hf_fda.tensors import total, weighted
+from hf_fda.merge_methods.spanning import spanned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,27 @@ class MultiSlerpConfig(WeightedConfig):
 
     normalize_weights: bool = option(True, "divide the weights by their sum")
     eps: float = option(1e-8, "lengths below this have no direction", minimum=0)
+
+    @property
+    def spans(self) -> bool:
+        """As `MethodConfig.spans`."""
+        return True
+
+    def combination(self, products: Tensor) -> Tensor:
+        """As `MethodConfig.combination`."""
+        count = len(products) - 1
+        found = torch.zeros(count + 1, dtype=products.dtype)
+        if count == 1:
+            found[1] = 1
+            return found
+        shares = self.shares(count) if self.normalize_weights else self.weight_of_each(count)
+        weights, lengths = products.new_tensor(shares), products.diagonal()[1:].clamp_min(0).sqrt()
+        found[1:] = weights / (lengths + self.eps)  # m
+        norm = (found @ products @ found).clamp_min(0).sqrt()
+        if not float(norm) > self.eps:
+            found[1:] = weights
+            return found
+        return found * (weights @ lengths) / norm
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,14 +65,4 @@ def multislerp(base: Tensor, tasks: Sequence[Tensor], config: MultiSlerpConfig) 
         tasks: K task tensors of that shape.
         config: the options; `weights` in the order of `tasks`.
     """
-    count = len(tasks)
-    if count == 1:
-        return tasks[0].clone()
-    weights = config.shares(count) if config.normalize_weights else config.weight_of_each(count)
-    lengths = [task.norm() for task in tasks]
-    units = [task / (length + config.eps) for task, length in zip(tasks, lengths, strict=True)]
-    direction = total(weighted(units, weights))
-    norm, length = direction.norm(), total(weighted(lengths, weights))
-    if not float(norm) > config.eps:
-        return total(weighted(tasks, weights))
-    return length * (direction / norm)
+    return spanned(base, tasks, config)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_fda.merge_methods.config import Scope, WeightedConfig, option
 from hf_fda.merge_methods.registry import register
-from hf_fda.merge_methods.sphere import between
+from hf_fda.merge_methods.spanning import spanned
+from hf_fda.merge_methods.sphere import arc, between, cosine_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,22 @@ class NuSlerpConfig(WeightedConfig):
     nuslerp_row_wise: bool = option(
         False, "without nuslerp_flatten: lines along the first dimension of a tensor, else along the last"
     )
+
+    @property
+    def spans(self) -> bool:
+        """As `MethodConfig.spans`."""
+        return self.nuslerp_flatten
+
+    def combination(self, products: Tensor) -> Tensor:
+        """As `MethodConfig.combination`."""
+        count = len(products) - 1
+        first, second, start = torch.zeros(3, count + 1, dtype=products.dtype)
+        if count == 2:
+            first[1] = second[2] = 1
+        else:
+            first[0] = second[0] = second[1] = start[0] = 1
+        one, other = arc(cosine_of(products, first, second), self.place(count))
+        return one * first + other * second - start
 
     def place(self, count: int) -> float:
         """Where to go: 0 is the base or the first of two sources, 1 the source or the second.
@@ -53,10 +71,10 @@ def nuslerp(base: Tensor, tasks: Sequence[Tensor], config: NuSlerpConfig) -> Ten
         config: the options; `weights` in the order of `tasks`.
     """
     place, shape = config.place(len(tasks)), base.shape
-    ends = list(tasks) if len(tasks) == 2 else [base, base + tasks[0]]
     if config.nuslerp_flatten or not shape:
-        merged = between(ends[0].flatten(), ends[1].flatten(), place).view(shape)
-    elif config.nuslerp_row_wise:
+        return spanned(base, tasks, config)
+    ends = list(tasks) if len(tasks) == 2 else [base, base + tasks[0]]
+    if config.nuslerp_row_wise:
         merged = between(ends[0].transpose(0, -1), ends[1].transpose(0, -1), place).transpose(0, -1)
     else:
         merged = between(ends[0], ends[1], place)

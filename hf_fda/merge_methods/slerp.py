@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_fda.merge_methods.config import MethodConfig, Scope, option
 from hf_fda.merge_methods.registry import register
-from hf_fda.merge_methods.sphere import between
+from hf_fda.merge_methods.spanning import spanned
+from hf_fda.merge_methods.sphere import arc, cosine_of
 
 STRAIGHT_FROM = 0.9995
 """Tensors whose cosine has this magnitude or more are interpolated on the straight line between them."""
@@ -28,6 +30,19 @@ class SlerpConfig(MethodConfig):
 
     t: float = option(0.5, "where to go: 0 is the base, or the first of two sources; 1 the source, or the second")
 
+    @property
+    def spans(self) -> bool:
+        """As `MethodConfig.spans`."""
+        return True
+
+    def combination(self, products: Tensor) -> Tensor:
+        """As `MethodConfig.combination`."""
+        models = torch.eye(len(products), dtype=products.dtype)
+        models[:, 0] = 1  # theta_i = theta_0 + tau_i
+        first, second = models[-2:]
+        one, other = arc(cosine_of(products, first, second), self.t, STRAIGHT_FROM)
+        return one * first + other * second - models[0]
+
 
 @register(SlerpConfig)
 def slerp(base: Tensor, tasks: Sequence[Tensor], config: SlerpConfig) -> Tensor:
@@ -39,6 +54,4 @@ def slerp(base: Tensor, tasks: Sequence[Tensor], config: SlerpConfig) -> Tensor:
         tasks: one or two task tensors of that shape.
         config: the options.
     """
-    ends = [base, *(base + task for task in tasks)][-2:]
-    merged = between(ends[0].flatten(), ends[1].flatten(), config.t, STRAIGHT_FROM)
-    return merged.view_as(base) - base
+    return spanned(base, tasks, config)

@@ -14,7 +14,7 @@ from hf_fda.tensorwise import by_entry
 
 if TYPE_CHECKING:
     from hf_fda.blocks import Unit
-    from hf_fda.checkpoint.reader import Checkpoint
+    from hf_fda.checkpoint.interface import Checkpoint
     from hf_fda.checkpoint.writer import Shard
     from hf_fda.inputs import Inputs
     from hf_fda.merge_methods import FDAConfig, MethodConfig

@@ -18,10 +18,10 @@ from hf_fda.errors import InputError, RunError
 from hf_fda.global_trim import GlobalTrim
 from hf_fda.inputs import Source
 from hf_fda.merge_methods import FDAConfig
-from hf_fda.planning import check_disk
 from hf_fda.plans import Plan
 from hf_fda.processes import Team, together
 from hf_fda.progress import Progress
+from hf_fda.refusals import check_disk
 from hf_fda.sharing import check_same, check_shared
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store, key_of

@@ -14,7 +14,8 @@ from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
 from hf_fda.anchors.files import MANIFEST
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
-from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.errors import InputError, few, nearest
 from hf_fda.vocabulary import Vocabulary, VocabularyRequest, align_vocabularies, check_request
 

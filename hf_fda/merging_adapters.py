@@ -18,7 +18,7 @@ from hf_fda.adapters.checkpoint import AdapterCheckpoint
 from hf_fda.adapters.files import REPLAYED, UNREPEATABLE, WEIGHTS, named_in
 from hf_fda.adapters.report import AdapterReport
 from hf_fda.adapters.skeleton import plain_name, skeleton_of
-from hf_fda.checkpoint.reader import ModelCheckpoint
+from hf_fda.checkpoint.memory import ModelCheckpoint
 from hf_fda.errors import InputError, nearest
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merging import merge

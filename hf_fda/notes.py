@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.cards import shown
-from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig

@@ -12,7 +12,7 @@ import torch
 from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
-from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.estimate import adapter_bytes
 from hf_fda.inputs import Inputs, Source

@@ -17,8 +17,9 @@ from hf_fda.adapters.changes import Change, Replaced, Rows, find_changes
 from hf_fda.adapters.files import CONFIG, AdapterFiles, from_model, read_files
 from hf_fda.adapters.skeleton import Skeleton, build
 from hf_fda.checkpoint.alignment import match_names
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.location import INDEX, SINGLE, Location, locate
-from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
+from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.checkpoint.view import RowView
 from hf_fda.errors import InputError
 from hf_fda.lowrank import LowRank

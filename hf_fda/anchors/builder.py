@@ -12,8 +12,8 @@ from hf_fda.anchors.construction import UnitAnchors, construct_unit
 from hf_fda.anchors.initialization import initial_anchors
 from hf_fda.blocks import Capture, Unit, capture_calls, make_unit
 from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import ModelLayout, Role
-from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.randomness import random_stream

@@ -16,7 +16,8 @@ from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.files import AnchorsInfo, Construction, provenance
 from hf_fda.blocks import Unit, family_of, find_units
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
-from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.costs import construction
 from hf_fda.devices import resolve_device
 from hf_fda.merge_methods.fda import FDAConfig

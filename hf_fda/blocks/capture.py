@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from hf_fda.blocks.discovery import Unit, example_inputs, find_blocks
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import meta_model
-from hf_fda.checkpoint.reader import Checkpoint
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.errors import InputError, few
 from hf_fda.lowrank import LowRank
 

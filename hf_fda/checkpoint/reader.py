@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -17,132 +14,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from hf_fda.checkpoint.header import TensorEntry, read_header, read_tensor
+from hf_fda.checkpoint.interface import Checkpoint, ReadCheckpoint
 from hf_fda.checkpoint.layout import ModelLayout, TensorGroup, model_class_of
 from hf_fda.checkpoint.location import Location, locate
+from hf_fda.checkpoint.memory import ModelCheckpoint
 from hf_fda.checkpoint.tensorlayout import TensorLayout
-from hf_fda.errors import InputError, few
-from hf_fda.lowrank import LowRank
-
-
-class Checkpoint(Protocol):
-    """What a merge needs of a base or a source."""
-
-    id: str
-    commit: str | None
-    layout: ModelLayout
-    names: tuple[str, ...]
-    """In-memory names of the tensors that it really holds, in the model's order."""
-    location: Location | None
-
-    @property
-    def unexpected(self) -> Sequence[str]:
-        """Names in the files that the model has no place for."""
-        ...
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Names that the model has but the checkpoint does not hold."""
-        ...
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The stored type of a tensor."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor in memory layout."""
-        ...
-
-    def read(self, name: str, part: slice | None = None) -> Tensor:
-        """One tensor on the CPU, in its stored type and memory layout; the caller may change it.
-
-        With `part`, only these of its flattened entries, as a flat tensor.
-        """
-        ...
-
-    def in_parts(self, name: str) -> bool:
-        """Whether parts of a tensor, or of its task vector, are read without all of it; several threads may do that."""
-        ...
-
-    @property
-    def stored(self) -> bool:
-        """Whether task vectors are differences of what is read."""
-        ...
-
-    @property
-    def disk_order(self) -> Sequence[str]:
-        """The names in the order in which their tensors are best read."""
-        ...
-
-    def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
-        """The task vector of one tensor.
-
-        Args:
-            name: the tensor.
-            base: the base's tensor (or only `part` of its flattened entries), which is not changed.
-            part: as in `read`.
-
-        Returns:
-            the difference from the base, on its device, in its type.
-        """
-        ...
-
-    def may_move(self, name: str) -> bool:
-        """Whether a tensor may differ from the base's; told without reading it."""
-        ...
-
-    def factors(self, name: str) -> LowRank | None:
-        """A tensor's task vector as thin factors; None where it is not known as such."""
-        ...
-
-    def rank(self, name: str) -> int | None:
-        """The rank of these factors, told without reading anything."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A hash that changes when the weights do."""
-        ...
-
-
-class ReadCheckpoint(ABC):
-    """A checkpoint whose task vectors are differences of what is read."""
-
-    names: tuple[str, ...]
-
-    @property
-    def stored(self) -> bool:
-        """As `Checkpoint.stored`: they are."""
-        return True
-
-    @property
-    def disk_order(self) -> Sequence[str]:
-        """As `Checkpoint.disk_order`: any order is as good."""
-        return self.names
-
-    @abstractmethod
-    def read(self, name: str, part: slice | None = None) -> Tensor:
-        """As `Checkpoint.read`."""
-
-    def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
-        """As `Checkpoint.task`."""
-        own = self.read(name, part)
-        return own.to(base.device, torch.promote_types(own.dtype, base.dtype)).sub_(base).to(base.dtype)
-
-    def may_move(self, name: str) -> bool:
-        """As `Checkpoint.may_move`: any may."""
-        return True
-
-    def factors(self, name: str) -> LowRank | None:
-        """As `Checkpoint.factors`: none is known."""
-        return None
-
-    def rank(self, name: str) -> int | None:
-        """As `Checkpoint.rank`: none is known."""
-        return None
+from hf_fda.errors import InputError
 
 
 class FileCheckpoint(ReadCheckpoint):
@@ -245,73 +122,6 @@ class FileCheckpoint(ReadCheckpoint):
                     )
 
 
-class ModelCheckpoint(ReadCheckpoint):
-    """A model in memory seen as a checkpoint.
-
-    Args:
-        model: any transformers model with real weights.
-        id: what to call it in messages and cards.
-        state: its tensors by the names of its class; None: its own `state_dict`.
-    """
-
-    def __init__(self, model: PreTrainedModel, id: str, state: Mapping[str, Tensor] | None = None) -> None:
-        self.location: Location | None = None
-        self.id = id
-        self.commit: str | None = None
-        self._state = dict(model.state_dict() if state is None else state)
-        meta = [name for name, tensor in self._state.items() if tensor.is_meta]
-        if meta:
-            raise InputError(f"{id}: the model in memory has no real weights for {few(meta)} (offloaded or meta)")
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        self.layout = ModelLayout(config, type(model))
-        conversions = getattr(model, "_weight_conversions", None)
-        if conversions is not None:
-            self.layout.model._weight_conversions = conversions
-        self.names = tuple(name for name in self.layout.names if name in self._state)
-        self.unexpected: Sequence[str] = ()
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        return self.layout.config
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """None: what the model lacks it does not have."""
-        return ()
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor."""
-        return self._state[name].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return tuple(self._state[name].shape)
-
-    def read(self, name: str, part: slice | None = None) -> Tensor:
-        """One tensor, copied to the CPU, as `Checkpoint.read`."""
-        tensor = self._state[name].detach()
-        return (tensor if part is None else tensor.flatten()[part]).to("cpu", copy=True).contiguous()
-
-    def in_parts(self, name: str) -> bool:
-        """As `Checkpoint.in_parts`."""
-        return True
-
-    @property
-    def disk_order(self) -> list[str]:
-        """The names in the model's order."""
-        return list(self.names)
-
-    def fingerprint(self) -> str:
-        """A hash of the weights themselves."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(name.encode())
-            digest.update(self.read(name).reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-
 def open_checkpoint(
     source: str | os.PathLike[str] | PreTrainedModel | Checkpoint,
     *,
@@ -374,8 +184,3 @@ def _configuration(location: Location, trust_remote_code: bool) -> tuple[Pretrai
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{location.id}: it is quantised; merge the checkpoint it was quantised from")
     return config, model_class_of(config, where, trust_remote_code, location.commit)
-
-
-def read_all(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    """Several tensors of a checkpoint by name."""
-    return {name: checkpoint.read(name) for name in names}

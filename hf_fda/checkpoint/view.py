@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from hf_fda.checkpoint.interface import Checkpoint, ReadCheckpoint
 from hf_fda.checkpoint.layout import ModelLayout
-from hf_fda.checkpoint.reader import Checkpoint, ReadCheckpoint
 from hf_fda.lowrank import LowRank
 
 GiveRows = Callable[[str, Tensor], Tensor]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from hf_fda.adapters import AdapterCheckpoint, open_adapter
 from hf_fda.blocks import find_blocks, regions
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.location import locate
-from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
+from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.errors import InputError
 from hf_fda.mergekit.groups import Group
 from hf_fda.mergekit.schema import Document, Input, Reference

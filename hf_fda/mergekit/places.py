@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 
 from hf_fda.blocks import find_blocks, regions
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import ModelLayout
-from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.inputs import Inputs
 from hf_fda.mergekit.groups import Group
 from hf_fda.mergekit.views import Stacked, View

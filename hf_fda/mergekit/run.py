@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_fda.checkpoint.reader import Checkpoint, open_checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.engine import run
 from hf_fda.inputs import open_inputs
 from hf_fda.merged import Merged

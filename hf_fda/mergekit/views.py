@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hf_fda.blocks import find_blocks
+from hf_fda.checkpoint.interface import Checkpoint, ReadCheckpoint
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.checkpoint.location import Location
-from hf_fda.checkpoint.reader import Checkpoint, ReadCheckpoint
 from hf_fda.errors import RunError
 from hf_fda.planning import out_dtype
 from hf_fda.plans import Plan

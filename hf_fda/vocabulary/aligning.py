@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.vocabulary.comparison import compare
 from hf_fda.vocabulary.configuration import renaming
 from hf_fda.vocabulary.models import models_of, require_tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.errors import InputError
 from hf_fda.vocabulary.configuration import vocabulary_axes, vocabulary_size
 from hf_fda.vocabulary.tokens import Tokens, differences, has_tokenizer, load_tokenizer, same_files, tokens_of

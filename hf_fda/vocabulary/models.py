@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.location import Location
-from hf_fda.checkpoint.reader import Checkpoint
 from hf_fda.errors import InputError
 from hf_fda.vocabulary.configuration import vocabulary_size
 from hf_fda.vocabulary.tokens import Tokens, has_tokenizer, load_tokenizer, same_files, tokens_of

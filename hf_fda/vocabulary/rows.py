@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hf_fda.checkpoint.reader import Checkpoint
+from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.view import read_rows, runs
 from hf_fda.vocabulary.tokens import Tokens
 

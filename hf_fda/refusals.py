@@ -1,0 +1,98 @@
+"""What a plan refuses although each of its parts can be used: things that do not go together."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hf_fda.adapters import AdapterCheckpoint, adapter_of
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.errors import InputError
+from hf_fda.inputs import Inputs
+from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.plans import Plan, readable_size
+from hf_fda.provenance import Described
+from hf_fda.recipes import Output
+from hf_fda.settings import Settings
+from hf_fda.trimming import refuse_global, trims_globally
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a merge that the output's disk cannot hold.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    where = plan.output.absolute()
+    while not where.exists():
+        where = where.parent
+    present = sum(path.stat().st_size for path in plan.output.rglob("*") if path.is_file())
+    free = shutil.disk_usage(where).free
+    if free < plan.disk_bytes - present:
+        raise InputError(
+            f"output '{plan.output}': no space left for it: about {readable_size(plan.disk_bytes - present)} are "
+            f"needed and {readable_size(free)} free; make room or choose another output"
+        )
+
+
+def check_ties(inputs: Inputs, result: Output) -> None:
+    """Refuse an adapter that changes one of two tied tensors: in PEFT the other stays, in a checkpoint it cannot."""
+    for source in inputs.weighted:
+        adapter = adapter_of(source.checkpoint)
+        if adapter is None:
+            continue
+        for other, name in result.layout.tied.items():
+            own = result.base_names.get(name)
+            if own is None or result.recipes[name].rule == "base" or not _changes(adapter, source, own):
+                continue
+            if not adapter.keeps_ties(source.tensor_of[own]):
+                raise InputError(
+                    f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
+                    f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
+                )
+
+
+def _changes(adapter: AdapterCheckpoint, source: AlignedSource, name: str) -> bool:
+    return name in source.tensor_of and adapter.may_move(source.tensor_of[name])
+
+
+def check_moves(result: Output) -> None:
+    """Refuse an adapter of a method that changes what no source does: only tensors that one changes are in it."""
+    for recipe in result.recipes.values():
+        if recipe.config is not None and not recipe.config.leaves_equals():
+            raise InputError(
+                f"method '{recipe.config.name}' with these options changes what no source does, which an adapter does "
+                "not hold; write a full checkpoint (as_adapter=False)"
+            )
+
+
+def check_vocabulary(settings: Settings, inputs: Inputs) -> None:
+    """Refuse an adapter for a base with another vocabulary."""
+    if settings.budget is not None and inputs.vocabulary.changes_base:
+        raise InputError(
+            "as_adapter=True: an adapter goes with the base's own vocabulary; say tokenizer='base', or merge into a "
+            "full checkpoint"
+        )
+
+
+def check_apart(output: Path, inputs: Inputs) -> None:
+    """Refuse to write a merge over what it reads."""
+    for name, checkpoint in (
+        ("the base", inputs.base),
+        *((f"source '{s.name}'", s.checkpoint) for s in inputs.weighted),
+    ):
+        location = checkpoint.location
+        if location is not None and location.folder is not None and location.folder.resolve() == output.resolve():
+            raise InputError(f"output '{output}' is {name} itself; choose another folder")
+
+
+def check_trim(config: MethodConfig, settings: Settings, described: Described | None) -> None:
+    """Refuse a trim over whole task vectors where blocks, adapters or tensors are merged by rules of their own."""
+    if settings.budget is not None:
+        refuse_global(config, "adapters")
+    if described is not None and {"density", "trim"} & set(described.varying) and trims_globally(config):
+        raise InputError(f"method '{config.name}': trim='global' needs one density for all tensors")
+    if isinstance(config, FDAConfig):
+        for own in (config.initial, config.rest):
+            if isinstance(own, MethodConfig):
+                refuse_global(own, "method 'fda'")

@@ -43,8 +43,10 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], report: A
         facts: model class, heads, licences, notes: what the plan knows.
         report: of a merged adapter, what its factors leave out.
     """
-    licence, licence_line = output_licence(facts["licences"])
-    ids = [arguments["base"], *arguments["sources"].values()]
+    licences: Mapping[str, Sequence[str]] = facts["licences"]
+    each = {name if n == 0 else f"{name} ({n + 1})": own for name, all in licences.items() for n, own in enumerate(all)}
+    licence, licence_line = output_licence(each)
+    ids = [*facts["models"], arguments["base"], *arguments["sources"].values()]
     metadata: dict[str, Any] = {
         "base_model": list(dict.fromkeys(hub_name(id) for id in ids if hub_name(id))),
         "base_model_relation": "merge",
@@ -65,11 +67,11 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], report: A
         title=f"{', '.join(arguments['sources'])}: merged by {arguments['method']}",
         where="PATH_OR_HUB_ID",
         method=arguments["method"],
-        base=shown(arguments["base"]),
+        base=facts["shown"]["base"],
         base_call=_call(arguments["base"]),
-        sources={name: shown(id) for name, id in arguments["sources"].items()},
+        sources={name: facts["shown"].get(name) or shown(id) for name, id in arguments["sources"].items()},
         settings={name: _words(value) for name, value in settings.items()},
-        facts=facts,
+        facts={**facts, "licences": {name: " and ".join(own) for name, own in licences.items()}},
         report=report,
         licence_line=licence_line,
     )

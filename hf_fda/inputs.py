@@ -43,13 +43,15 @@ class Source:
 class Inputs:
     """Everything a merge reads; base and sources have the same tokens in the same rows.
 
-    `asked` is what was asked of the vocabulary, as plain values.
+    `asked` is what was asked of the vocabulary, as plain values; `with_base` says whether there is a base, or only a
+    model that gives shapes and a tokenizer.
     """
 
     base: Checkpoint
     sources: tuple[Source, ...]
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     asked: dict[str, Any] = field(default_factory=dict)
+    with_base: bool = True
 
     @property
     def weighted(self) -> tuple[AlignedSource, ...]:

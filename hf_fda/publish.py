@@ -11,12 +11,15 @@ import yaml
 
 from hf_fda.adapters.files import CONFIG, WEIGHTS
 from hf_fda.adapters.report import REPORT, AdapterReport
-from hf_fda.cards import model_card
+from hf_fda.cards import model_card, shown
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.checkpoint.location import INDEX
+from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.location import INDEX, Location
 from hf_fda.checkpoint.writer import save_tensors, shard_index
 from hf_fda.heads import TaskHead
+from hf_fda.inputs import Inputs
 from hf_fda.plans import Plan
+from hf_fda.provenance import pinned
 from hf_fda.store import WORK, Store
 from hf_fda.vocabulary.output import GENERATION, TokenizerFiles
 from hf_fda.vocabulary.tokens import TOKENIZER_FILES
@@ -92,7 +95,7 @@ def merge_yaml(plan: Plan) -> str:
 
 def card_facts(plan: Plan) -> dict[str, object]:
     """What the card states beside the arguments: recorded facts only."""
-    locations = {
+    checkpoints: dict[str, Checkpoint] = {
         "base": plan.inputs.base,
         **{source.name: source.checkpoint for source in plan.inputs.weighted},
     }
@@ -103,16 +106,29 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "summary": plan.config.summary,
         "paper": plan.config.paper,
         "notes": list(plan.notes),
-        "licences": {name: _licence(checkpoint.location) for name, checkpoint in locations.items()},
+        "licences": {name: _licences(checkpoint) for name, checkpoint in checkpoints.items()},
+        "models": [pinned(own.id, own.commit) for one in checkpoints.values() for own in one.origins],
+        "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
         "anchors": [source.name for source in plan.inputs.sources if plan.units and source.anchors is None],
     }
 
 
-def _licence(location: object) -> str:
-    """The licence that a checkpoint's own card states, or "unknown"."""
-    from hf_fda.checkpoint.location import Location
+def _shown(checkpoint: Checkpoint, inputs: Inputs) -> str:
+    """What a checkpoint is made of, in words for readers elsewhere."""
+    names = ", ".join(dict.fromkeys(shown(pinned(own.id, own.commit)) for own in checkpoint.origins))
+    if checkpoint is inputs.base and not inputs.with_base:
+        return f"none; configuration and tokenizer are those of {names}"
+    return names if len(checkpoint.origins) == 1 else f"made of {names}"
 
-    if not isinstance(location, Location) or "README.md" not in location.names:
+
+def _licences(checkpoint: Checkpoint) -> list[str]:
+    """The licences of what a checkpoint is made of, each once, with "unknown" where a card states none."""
+    return list(dict.fromkeys(_licence(own.location) for own in checkpoint.origins))
+
+
+def _licence(location: Location | None) -> str:
+    """The licence that a checkpoint's own card states, or "unknown"."""
+    if location is None or "README.md" not in location.names:
         return "unknown"
     text = location.path("README.md").read_text(encoding="utf-8", errors="replace")
     if not text.startswith("---"):

@@ -414,7 +414,7 @@ def test_code_that_comes_with_a_checkpoint_is_that_of_the_pinned_commit(
     arguments = away(plan, "org/own@v1", {"one": "org/own@v1"}, tmp_path / "out", method=METHOD, trust_remote_code=True)
     assert arguments["base"] == f"org/own@{commit_of(hub, 'org/own', 'v1')}"
     with pytest.raises(hf_fda.InputError, match="trust_remote_code"):
-        away(plan, "org/own@v1", {"one": "org/own@v1"}, tmp_path / "out", method=METHOD)
+        away(plan, "org/own@v1", {"one": "org/own@v1"}, tmp_path / "out", method="fda")
 
 
 # -- what cannot be had ----------------------------------------------------------------------------------------------

@@ -462,3 +462,17 @@ models:
         with pytest.raises(InputError, match=reason) as error:
             run(text + more, tmp_path / "out")
         assert line is None or f"line {line}:" in str(error.value), more
+
+
+def test_a_card_names_all_that_a_frankenmerge_is_made_of(deep: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Every model is named with its licence, by folder alone; that there is no base is said."""
+    _, one, two = deep
+    (one / "README.md").write_text("---\nlicense: mit\n---\n")
+    (two / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    slices = [{"sources": [{"model": str(source), "layer_range": [0, 2]}]} for source in (one, two)]
+    run({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "made of one (a folder, not on the Hub), two (a folder, not on the Hub) | mit and apache-2.0 |" in card
+    assert "| base | none; configuration and tokenizer are those of one" in card
+    assert "license:" not in card and "the models' licences differ (apache-2.0, mit)" in card
+    assert str(tmp_path) not in card

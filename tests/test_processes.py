@@ -19,7 +19,7 @@ from hf_fda import processes, sharing
 from hf_fda.errors import InputError, PeerError, RunError
 from hf_fda.sharing import check_same, check_shared
 from hf_fda.stages import assign
-from hf_fda.store import WORK, Store
+from hf_fda.store import WORK, Filled, Store
 
 Pair = tuple[Path, dict[str, Path]]
 
@@ -34,14 +34,14 @@ def words(base: Path, sources: dict[str, Path], output: Path, **changes: Any) ->
 
 def log_writes(output: Path) -> None:
     """Note in the output folder which process writes which file (for forked processes: it changes the store)."""
-    real = Store.write
+    real = Store.fill
 
-    def noted(self: Store, name: str, key: str, writer: Any) -> Path:
+    def noted(self: Store, name: str, key: str, writer: Any) -> Filled:
         with open(output.parent / f"log{rank()}", "a", encoding="utf-8") as file:
             file.write(name + "\n")
         return real(self, name, key, writer)
 
-    Store.write = noted  # type: ignore[method-assign]
+    Store.fill = noted  # type: ignore[method-assign]
 
 
 def logged(folder: Path) -> list[set[str]]:
@@ -207,19 +207,19 @@ def test_commands_of_one_process_are_refused(tmp_path: Path) -> None:
 
 
 def _fail_on_one(base: Path, sources: dict[str, Path], output: Path, results: Path) -> None:
-    own, real = rank(), Store.write
+    own, real = rank(), Store.fill
 
-    def failing(self: Store, name: str, key: str, writer: Any) -> Path:
+    def failing(self: Store, name: str, key: str, writer: Any) -> Filled:
         if own == 1:
             raise RunError("block 'x': no luck")
         return real(self, name, key, writer)
 
-    Store.write = failing  # type: ignore[method-assign]
+    Store.fill = failing  # type: ignore[method-assign]
     try:
         hf_fda.merge(base, sources, output=output, **SETTINGS)
     except RunError as error:
         (results / f"rank{own}").write_text(type(error).__name__, encoding="utf-8")
-    Store.write = real  # type: ignore[method-assign]
+    Store.fill = real  # type: ignore[method-assign]
     hf_fda.merge(base, sources, output=output, **SETTINGS)  # nobody hangs, and all can go on
 
 

@@ -16,7 +16,7 @@ import torch
 
 import hf_fda
 from hf_fda.errors import RunError
-from hf_fda.store import WORK, Store
+from hf_fda.store import WORK, Filled, Store
 
 SETTINGS: dict[str, Any] = {
     "method": "fda",
@@ -159,18 +159,18 @@ def test_a_full_disk_on_the_way_is_named_and_the_merge_goes_on_later(
     classifiers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, sources = classifiers
-    real = Store.write
+    real = Store.fill
 
-    def full(self: Store, name: str, key: str, writer: Any) -> Path:
+    def full(self: Store, name: str, key: str, writer: Any) -> Filled:
         def failing(path: Path) -> None:
             raise OSError(28, "No space left on device")
 
         return real(self, name, key, failing if "layer.1" in name else writer)
 
-    monkeypatch.setattr(Store, "write", full)
+    monkeypatch.setattr(Store, "fill", full)
     with pytest.raises(RunError, match="no space left"):
         merge(base, sources, tmp_path / "out")
-    monkeypatch.setattr(Store, "write", real)
+    monkeypatch.setattr(Store, "fill", real)
     merge(base, sources, tmp_path / "out")
     merge(base, sources, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

@@ -20,6 +20,7 @@ from hf_fda.checkpoint.hashed import HashedFile
 from hf_fda.errors import InputError, RunError
 from hf_fda.planning import plan
 from hf_fda.selection import coarse_counts, cut_at, cut_for, digits_inside, fine_counts, keep, place, shares, tied
+from hf_fda.store import Filled
 from hf_fda.tensors import agreeing_mean, drop, trim
 from hf_fda.workers import Workers, most_held
 
@@ -247,9 +248,9 @@ def test_processes_and_interruptions_do_not_change_a_global_trim(
 
     import hf_fda.stages
 
-    original, done = hf_fda.stages.Store.write, 0
+    original, done = hf_fda.stages.Store.fill, 0
 
-    def fail_late(self: Any, name: str, *arguments: Any) -> Path:
+    def fail_late(self: Any, name: str, *arguments: Any) -> Filled:
         nonlocal done
         done += "fine" in name
         if done == 2:
@@ -257,7 +258,7 @@ def test_processes_and_interruptions_do_not_change_a_global_trim(
         return original(self, name, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_fda.stages.Store, "write", fail_late)
+        patch.setattr(hf_fda.stages.Store, "fill", fail_late)
         with pytest.raises(RunError, match="stopped"):
             merge(base, sources, "ties", tmp_path / "resumed", **options)
     merge(base, sources, "ties", tmp_path / "resumed", **options)

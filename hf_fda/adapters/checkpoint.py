@@ -67,6 +67,11 @@ class AdapterCheckpoint:
         """The configuration of the model that the adapter was trained on."""
         return self.layout.config
 
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """As `Checkpoint.origins`: the adapter; its base is named elsewhere."""
+        return (self,)
+
     def dtype(self, name: str) -> torch.dtype:
         """The base's stored type of a tensor; the adapter's own for one that the base lacks."""
         if name in self._base_name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class Checkpoint(Protocol):
     @property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
+        ...
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints that have files, or a model in memory, of which this one is made; mostly itself."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
@@ -103,6 +108,11 @@ class ReadCheckpoint(ABC):
     """A checkpoint whose task vectors are differences of what is read."""
 
     names: tuple[str, ...]
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """As `Checkpoint.origins`: itself."""
+        return (cast(Checkpoint, self),)
 
     @property
     def stored(self) -> bool:

@@ -51,6 +51,11 @@ class RowView(ReadCheckpoint):
         """The model's configuration, with the view's vocabulary."""
         return self.layout.config
 
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """As `Checkpoint.origins`."""
+        return self.inner.origins
+
     def dtype(self, name: str) -> torch.dtype:
         """The stored type of a tensor."""
         return self.inner.dtype(name)

@@ -94,7 +94,7 @@ def open_groups(document: Document, groups: Sequence[Group], models: Models) -> 
     giving = [group.base or group.sources[0] for group in groups]
     base = _stack(giving, models) if stacked else models.open(document.base or giving[0].reference)
     if isinstance(base, AdapterCheckpoint):
-        base = Whole(base)
+        base = Whole(base)  # as any model is: nothing is left to be done to it
     names: dict[str, str] = {}
     sources: dict[str, Checkpoint] = {}
     for number, source in enumerate(first.sources):

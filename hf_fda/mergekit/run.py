@@ -178,7 +178,7 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     with_base = document.base is not None
     inputs = open_inputs(opened.base, opened.sources, None, trust, **wanted, with_base=with_base)
     if not opened.with_base:
-        inputs = replace(inputs, base=Nothing(inputs.base))
+        inputs = replace(inputs, base=Nothing(inputs.base), with_base=False)
     varying = parameters.varying
     at = parameters.at(inputs) if varying else None
     described = Described(_record(document, models.pinned(), checked), at, varying)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from hf_fda.adapters import AdapterCheckpoint
 from hf_fda.blocks import find_blocks
 from hf_fda.checkpoint.interface import Checkpoint, ReadCheckpoint
 from hf_fda.checkpoint.layout import ModelLayout
@@ -44,6 +45,11 @@ class View(ReadCheckpoint):
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
         return self.layout.config
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """As `Checkpoint.origins`."""
+        return self.origin.origins
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored type of a tensor."""
@@ -91,7 +97,21 @@ class Nothing(View):
 
 
 class Whole(View):
-    """An adapter on a model that is not the merge's base: its tensors with the adapter added."""
+    """An adapter on a model that is not the merge's base: its tensors with the adapter added.
+
+    Args:
+        origin: the adapter.
+    """
+
+    def __init__(self, origin: AdapterCheckpoint) -> None:
+        super().__init__(origin)
+        self.id = f"{origin.base.id}+{origin.id}"
+        self._origins = (*origin.base.origins, origin)
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """As `Checkpoint.origins`: the model and the adapter."""
+        return self._origins
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,12 @@ class Stacked(ReadCheckpoint):
         self.unexpected: Sequence[str] = tuple(
             dict.fromkeys(name for part in parts for name in part.checkpoint.unexpected)
         )
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """As `Checkpoint.origins`: those of the parts, each once."""
+        every = [own for part in self.parts for own in part.checkpoint.origins]
+        return tuple({id(own): own for own in every}.values())
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -37,8 +37,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def ours(work: Path, method: str, sources: list[str], output: Path) -> list[str]:
     """The command of this package."""
-    words = [sys.executable, "-m", "hf_fda.cli", "merge", "--method", method, "--base", str(work / "base")]
-    for name in sources:
+    base, others = (sources[0], sources[1:]) if method == "slerp" else ("base", sources)  # as mergekit reads it
+    words = [sys.executable, "-m", "hf_fda.cli", "merge", "--method", method, "--base", str(work / base)]
+    for name in others:
         words += ["--source", f"{name}={work / name}"]
     words += ["--dtype", "bfloat16", "--max-shard-bytes", str(SHARD_BYTES), "--output", str(output), "--quiet"]
     return words + [word for name, value in METHODS[method].items() for word in (f"--{name}", str(value))]

@@ -14,9 +14,9 @@ from hf_fda.merge_methods import MethodConfig
 PART = 2**21
 """Entries of a large tensor that are read at a time."""
 
-BLOCK = 2**17
-"""Entries that are computed at a time: all that their merge needs lies in a core's cache. Random numbers are drawn
-block by block, so that another number means others."""
+BLOCK = 2**18
+"""Entries that are computed at a time: few enough to stay in a core's cache, and enough that threads seldom wait for
+each other. Random numbers are drawn block by block, so that another number means others."""
 
 
 def parts_of(count: int, size: int = PART) -> list[slice]:

@@ -16,9 +16,9 @@ from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
 from hf_fda.randomness import random_stream
-from hf_fda.taskvectors import TaskVectors
+from hf_fda.streaming.taskvectors import TaskVectors
+from hf_fda.streaming.tensorwise import apply_method
 from hf_fda.tensors import total
-from hf_fda.tensorwise import apply_method
 from hf_fda.unit_files import unit_tensors
 
 

@@ -14,17 +14,17 @@ from hf_fda import costs
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
 from hf_fda.devices import release_memory
-from hf_fda.footprint import AHEAD_BYTES, Footprint
-from hf_fda.merging_tensors import TensorMerger, check_finite
 from hf_fda.plans import Plan
 from hf_fda.publish import publish
 from hf_fda.recipes import Recipe, out_dtype
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, Store, key_of
-from hf_fda.taskvectors import TaskVectors
+from hf_fda.streaming.footprint import AHEAD_BYTES, Footprint
+from hf_fda.streaming.merging_tensors import TensorMerger, check_finite
+from hf_fda.streaming.taskvectors import TaskVectors
+from hf_fda.streaming.workers import Workers
 from hf_fda.unit_files import read_adapted
 from hf_fda.version import versions
-from hf_fda.workers import Workers
 
 STAGED = f"{WORK}/staged"
 """Where finished weight files wait until all are there."""

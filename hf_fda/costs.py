@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
-from hf_fda.tensorwise import by_entry
+from hf_fda.streaming.tensorwise import by_entry
 
 if TYPE_CHECKING:
     from hf_fda.blocks import Unit

@@ -15,7 +15,6 @@ from hf_fda.assembly import BLOCKS, Assembly, CheckpointAssembly
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import InputError, RunError
-from hf_fda.global_trim import GlobalTrim
 from hf_fda.inputs import Source
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.plans import Plan
@@ -25,8 +24,9 @@ from hf_fda.refusals import check_disk
 from hf_fda.sharing import check_same, check_shared
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store, key_of
-from hf_fda.taskvectors import TaskVectors, warn_of_equals
-from hf_fda.trimming import trims_globally
+from hf_fda.streaming.global_trim import GlobalTrim
+from hf_fda.streaming.taskvectors import TaskVectors, warn_of_equals
+from hf_fda.streaming.trimming import trims_globally
 from hf_fda.version import versions
 
 ROWS = "/rows"

@@ -12,10 +12,10 @@ from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
-from hf_fda.footprint import Footprint
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.recipes import Output
+from hf_fda.streaming.footprint import Footprint
 
 
 def peak_memory_bytes(

@@ -14,7 +14,7 @@ from hf_fda.plans import Plan, readable_size
 from hf_fda.provenance import Described
 from hf_fda.recipes import Output
 from hf_fda.settings import Settings
-from hf_fda.trimming import refuse_global, trims_globally
+from hf_fda.streaming.trimming import refuse_global, trims_globally
 
 
 def check_disk(plan: Plan) -> None:

@@ -22,7 +22,7 @@ from hf_fda.merge_methods import (
     resolve_method,
     with_source_names,
 )
-from hf_fda.tensorwise import apply_method
+from hf_fda.streaming.tensorwise import apply_method
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),

@@ -21,8 +21,8 @@ from hf_fda.errors import InputError, RunError
 from hf_fda.planning import plan
 from hf_fda.selection import coarse_counts, cut_at, cut_for, digits_inside, fine_counts, keep, place, shares, tied
 from hf_fda.store import Filled
+from hf_fda.streaming.workers import Workers, most_held
 from hf_fda.tensors import agreeing_mean, drop, trim
-from hf_fda.workers import Workers, most_held
 
 Library = Callable[[str], tuple[Path, list[Path]]]
 

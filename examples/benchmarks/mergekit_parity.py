@@ -6,10 +6,11 @@ mergekit wants versions of its own, so that it runs as a process (`mergekit-yaml
 hf_fda in this one. The checkpoints are tiny random Llamas, in float32 unless said: a base and three sources; no network
 is needed. Without a base, mergekit merges the models themselves; here the base is then a checkpoint of zeros.
 
-Printed: the largest difference of an entry, and the norm of all differences as a fraction of the merge's own change
-from its base. Of methods that drop at random, whose random numbers differ, means over seeds and entries are compared:
-the share of entries that stay, and how large those of smaller and of larger magnitude come out, each as a fraction of
-the same merge without dropping.
+Printed: the largest difference of an entry, the norm of all differences as a fraction of the merge's own change
+from its base, and the largest difference between this package's merge by options and from mergekit's own file. Of
+methods that drop at random, whose random numbers differ, means over seeds and entries are compared: the share of
+entries that stay, and how large those of smaller and of larger magnitude come out, each as a fraction of the same merge
+without dropping.
 """
 
 from __future__ import annotations
@@ -196,8 +197,8 @@ def paths(case: Case, folder: Path) -> tuple[Path, list[Path]]:
     return folder / base, [folder / f"{case.kind}-{i}" for i in range(case.count)]
 
 
-def by_mergekit(python: Path, case: Case, folder: Path, seed: int = 0) -> Tensors | str:
-    """The merge by mergekit: its tensors in float32, or the last line of what it says."""
+def configuration(case: Case, folder: Path) -> dict[str, Any]:
+    """The case as mergekit's configuration."""
     base, sources = paths(case, folder)
     each = case.each or [{}] * case.count
     models = [{"model": str(path), "parameters": dict(own)} for path, own in zip(sources, each, strict=True)]
@@ -208,6 +209,12 @@ def by_mergekit(python: Path, case: Case, folder: Path, seed: int = 0) -> Tensor
         config["base_model"] = str(base)
     if case.kind == "bfloat16":
         config |= {"dtype": "float32", "out_dtype": "bfloat16"}
+    return config
+
+
+def by_mergekit(python: Path, case: Case, folder: Path, seed: int = 0) -> Tensors | str:
+    """The merge by mergekit: its tensors in float32, or the last line of what it says."""
+    config = configuration(case, folder)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         (Path(work) / "merge.yaml").write_text(yaml.safe_dump(config))
         settings = ["--random-seed", str(seed), "--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
@@ -239,6 +246,13 @@ def by_hf_fda(case: Case, folder: Path, seed: int = 0, **changed: Any) -> Tensor
         return {name: tensor.float() for name, tensor in load_file(output / "model.safetensors").items()}
 
 
+def by_file(case: Case, folder: Path) -> Tensors:
+    """The merge by hf_fda from mergekit's own configuration: its tensors in float32."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        merged = hf_fda.merge_config(configuration(case, folder), Path(work) / "out", quiet=True)
+        return {name: tensor.float() for name, tensor in load_file(merged.folder / "model.safetensors").items()}
+
+
 def flat(tensors: Tensors) -> Tensor:
     """All entries, in float64."""
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
@@ -248,7 +262,7 @@ def compare(case: Case, python: Path, folder: Path) -> list[str]:
     """A row of the table."""
     theirs, ours = by_mergekit(python, case, folder), flat(by_hf_fda(case, folder))
     if isinstance(theirs, str):
-        return ["", "", f"mergekit: {theirs[:60]}"]
+        return ["", "", "", f"mergekit: {theirs[:60]}"]
     base = flat(load_file(paths(case, folder)[0] / "model.safetensors"))
     found = flat(theirs)
     apart, change = (ours - found).abs(), (found - base).norm()
@@ -258,7 +272,8 @@ def compare(case: Case, python: Path, folder: Path) -> list[str]:
         verdict = "one unit in the last place"
     if verdict == "differs":
         verdict = f"differs in {int((apart > 1e-3 * change / len(apart) ** 0.5).sum())} of {len(apart)} entries"
-    return [f"{float(apart.max()):.1e}", f"{relative:.1e}", verdict]
+    same = float((flat(by_file(case, folder)) - ours).abs().max())
+    return [f"{float(apart.max()):.1e}", f"{relative:.1e}", f"{same:.1e}", verdict]
 
 
 def statistics(merged: Tensor, whole: Tensor) -> Tensor:
@@ -277,7 +292,7 @@ def compare_random(case: Case, python: Path, folder: Path, seeds: int) -> list[s
     for seed in range(seeds):
         theirs = by_mergekit(python, case, folder, seed + 1)
         if isinstance(theirs, str):
-            return ["", "", f"mergekit: {theirs[:60]}"]
+            return ["", "", "", f"mergekit: {theirs[:60]}"]
         drawn[0].append(statistics(flat(by_hf_fda(case, folder, seed + 1)) - base, whole))
         drawn[1].append(statistics(flat(theirs) - base, whole))
     ours, other = (torch.stack(values) for values in drawn)
@@ -286,7 +301,7 @@ def compare_random(case: Case, python: Path, folder: Path, seeds: int) -> list[s
     sides = [" / ".join(f"{value:.3f}" for value in values.mean(0).tolist()) for values in (ours, other)]
     verdict = "equal on the mean" if equal else "differs on the mean"
     apart = (ours.mean(0) - other.mean(0)).abs().max()
-    return [f"{float(apart):.1e}", "", f"{verdict}: kept / smaller / larger {sides[0]}, mergekit {sides[1]}"]
+    return [f"{float(apart):.1e}", "", "", f"{verdict}: kept / smaller / larger {sides[0]}, mergekit {sides[1]}"]
 
 
 def described(case: Case) -> str:
@@ -311,8 +326,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="parity-") as work:
         folder = Path(work)
         write_checkpoints(folder)
-        print("| method | options | max abs difference | relative | verdict | why |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print("| method | options | max abs difference | relative | from its file | verdict | why |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
         for case in CASES:
             if arguments.only and case.method not in arguments.only:
                 continue

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from hf_fda.anchors.initialization import sample_rows
 from hf_fda.blocks import UnitCall, find_blocks
 from hf_fda.merge_methods.tsv import TSVConfig
-from hf_fda.tensorwise import apply_method
+from hf_fda.streaming.tensorwise import apply_method
 
 ANCHORS, TOKENS, BATCH, LAMBDA, PUBLISHED_STEPS = 64, 5, 128, 0.4, 1200
 Pair = tuple[Tensor, Tensor]

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import Shard, save_tensors
-from hf_fda.footprint import AHEAD_BYTES
 from hf_fda.plans import Plan
 from hf_fda.selection import COARSE_BINS, FINE_BINS, Cut, cut_at
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, key_of
-from hf_fda.taskvectors import StoredPart, TaskVectors
-from hf_fda.tensorwise import parts_of
-from hf_fda.trimming import NOTHING, bins_of, check_counts, count_coarse, count_fine, kept_of, trims_globally
+from hf_fda.streaming.footprint import AHEAD_BYTES
+from hf_fda.streaming.taskvectors import StoredPart, TaskVectors
+from hf_fda.streaming.tensorwise import parts_of
+from hf_fda.streaming.trimming import NOTHING, bins_of, check_counts, count_coarse, count_fine, kept_of, trims_globally
+from hf_fda.streaming.workers import Workers
 from hf_fda.version import versions
-from hf_fda.workers import Workers
 
 COUNTS = f"{WORK}/counts"
 """Where the counts of the weight files lie until all are written."""

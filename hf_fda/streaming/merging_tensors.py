@@ -19,10 +19,10 @@ from hf_fda.errors import RunError
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.spanning import products_of
 from hf_fda.selection import Cut, keep, shares, tied
-from hf_fda.taskvectors import StoredPart, TaskVectors
-from hf_fda.tensorwise import BLOCK, PART, apply_method, by_entry, parts_of
-from hf_fda.trimming import check_counts, count_coarse, cuts_of_parts, kept_of, trims
-from hf_fda.workers import Workers
+from hf_fda.streaming.taskvectors import StoredPart, TaskVectors
+from hf_fda.streaming.tensorwise import BLOCK, PART, apply_method, by_entry, parts_of
+from hf_fda.streaming.trimming import check_counts, count_coarse, cuts_of_parts, kept_of, trims
+from hf_fda.streaming.workers import Workers
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from hf_fda.selection import (
     shares,
     tied,
 )
-from hf_fda.taskvectors import StoredPart
+from hf_fda.streaming.taskvectors import StoredPart
 
 NOTHING = Cut(FINITE << HALF)
 """The cut that no finite entry is above."""

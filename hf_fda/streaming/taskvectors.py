@@ -15,7 +15,7 @@ from hf_fda.merge_methods import MethodConfig
 from hf_fda.progress import logger
 from hf_fda.randomness import random_stream
 from hf_fda.selection import Cut
-from hf_fda.tensorwise import BLOCK, apply_method, apply_to_factors, parts_of
+from hf_fda.streaming.tensorwise import BLOCK, apply_method, apply_to_factors, parts_of
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.inputs import Inputs
 from hf_fda.recipes import Output, out_dtype
-from hf_fda.tensorwise import BLOCK, PART, by_entry
-from hf_fda.trimming import trims
-from hf_fda.workers import most_held
+from hf_fda.streaming.tensorwise import BLOCK, PART, by_entry
+from hf_fda.streaming.trimming import trims
+from hf_fda.streaming.workers import most_held
 
 AHEAD_BYTES = 2**29
 """Bytes that the tensors which are made at a time hold together; a single larger one is made alone."""

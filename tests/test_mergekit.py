@@ -476,3 +476,27 @@ def test_a_card_names_all_that_a_frankenmerge_is_made_of(deep: tuple[Path, Path,
     assert "| base | none; configuration and tokenizer are those of one" in card
     assert "license:" not in card and "the models' licences differ (apache-2.0, mit)" in card
     assert str(tmp_path) not in card
+
+
+def test_settings_beside_a_configuration(speakers: dict[str, Path], tmp_path: Path) -> None:
+    """What the command line says of the output wins over the file; what it does not know is refused by name."""
+    _, one, two = speakers.values()
+    config = {"merge_method": "linear", "models": [{"model": str(one)}, {"model": str(two)}]}
+    path = tmp_path / "mean.yaml"
+    path.write_text(yaml.safe_dump({**config, "parameters": {"weight": 1}, "dtype": "float32"}))
+    words = [
+        "merge",
+        str(path),
+        "--output",
+        str(tmp_path / "out"),
+        "--quiet",
+        "--tokenizer",
+        "one",
+        "--dtype",
+        "bfloat16",
+    ]
+    assert main(words) == 0
+    assert embeddings(tmp_path / "out").keys() == embeddings(one).keys()
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    with pytest.raises(InputError, match="did you mean 'seed'"):
+        hf_fda.merge_config(path, tmp_path / "other", sed=1)

@@ -14,6 +14,7 @@ from typing import Any
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.engine import run
+from hf_fda.errors import InputError, nearest
 from hf_fda.inputs import open_inputs
 from hf_fda.merged import Merged
 from hf_fda.mergekit.groups import groups_of
@@ -46,6 +47,13 @@ def is_mergekit(text: str) -> bool:
 
 EVERYWHERE = ("device", "seed", "trust_remote_code")
 """Settings that hold for every document of a configuration."""
+
+
+VOCABULARY = ("tokenizer", "tokens", "chat_template", "pad_to_multiple_of")
+"""Settings of the vocabulary, in which models are called by their names in the merge."""
+
+KNOWN = (*EVERYWHERE, "dtype", "heads", "max_shard_bytes", "as_adapter", "rank", "energy", *VOCABULARY)
+"""Settings that may be given beside a configuration."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,14 @@ def merge_documents(
 
 
 def _settings_of(stage: Stage, stages: Sequence[Stage], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that hold for a document: how the result is written is none of the earlier ones' business."""
+    """The settings that hold for a document: how the result is written is none of the earlier ones' business.
+
+    Raises:
+        InputError: when there is no such setting.
+    """
+    for name in settings:
+        if name not in KNOWN:
+            raise InputError(f"there is no setting '{name}' beside a configuration: {nearest(name, KNOWN)}")
     given = {name: value for name, value in settings.items() if value is not None}
     return given if stage is stages[-1] else {name: given[name] for name in EVERYWHERE if name in given}
 
@@ -167,6 +182,7 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     """The plan of one document; what earlier ones give is open."""
     document = stage.document
     given = {**document.settings, **settings}
+    said = {name: given.pop(name) for name in VOCABULARY if name in given}
     trust = bool(given.pop("trust_remote_code", False))
     given.setdefault("dtype", document.dtype or "auto")
     checked = Settings.checked(stage.output, **given)
@@ -174,7 +190,7 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     parameters = Parameters(document, groups)
     models = Models(results, trust)
     opened = open_groups(document, groups, models)
-    wanted = vocabulary_of(document, opened)
+    wanted = {**vocabulary_of(document, opened), **said}
     with_base = document.base is not None
     inputs = open_inputs(opened.base, opened.sources, None, trust, **wanted, with_base=with_base)
     if not opened.with_base:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from hf_fda.errors import InputError, nearest
-from hf_fda.merge_methods.config import MethodConfig, describe
+from hf_fda.merge_methods.config import MethodConfig
+from hf_fda.merge_methods.conversion import describe
 
 if TYPE_CHECKING:
     import torch

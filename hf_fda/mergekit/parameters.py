@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from hf_fda.errors import InputError, nearest
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, method_class, with_source_names
-from hf_fda.merge_methods.config import coerce
+from hf_fda.merge_methods.conversion import coerce
 from hf_fda.mergekit.groups import Group
 from hf_fda.mergekit.places import Place, Places
 from hf_fda.mergekit.schema import Document

@@ -137,8 +137,7 @@ class TensorMerger:
         stored = stored or self.vectors.stored(name, part)
         config = config.untrimmed() if cuts else config
         generator = self.vectors.generator(name, part.start // PART) if config.random else None
-        wide = torch.float64 in (stored.base.dtype, out.dtype) or config.keeps_entries()
-        work = self._exact if wide and not cuts else torch.float32
+        work = self._type_by_entry(config, stored.base.dtype, out.dtype) if not cuts else torch.float32
         for block in stored.blocks():
             base, tasks = stored.read(block, self.device, work)
             for source, task in zip(self.sources, tasks, strict=True):
@@ -148,6 +147,15 @@ class TensorMerger:
                 tasks = [keep(task, cut) for task, cut in zip(tasks, own, strict=True)]
             out[part][block] = base.add_(config.merge(base, tasks, generator))
         check_finite(name, out[part])
+
+    def _type_by_entry(self, config: MethodConfig, stored: torch.dtype, written: torch.dtype) -> torch.dtype:
+        """The type to compute in: float64 where a single source has to come out bit for bit, or more would be lost.
+        Of several half-precision models float32 holds the task vectors as they are; a vote that is a draw is then
+        decided by the same rounding as in other programs."""
+        if torch.float64 in (stored, written):
+            return self._exact
+        several = len(self.sources) > 1 and stored in HALF_TYPES
+        return self._exact if config.keeps_entries() and not several else torch.float32
 
     # -- at factors that follow from inner products ----------------------------------------------------------------
 

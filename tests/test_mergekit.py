@@ -302,21 +302,6 @@ BAD: dict[str, tuple[str, str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_refusals_name_the_line(case: str, llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """What is wrong is refused with its line, before anything is written."""
-    old, new, line, reason = BAD[case]
-    assert GOOD.count(old) == 1
-    text = GOOD.replace(old, new)
-    for word, folder in zip((BASE, ONE, TWO), llama, strict=True):
-        text = text.replace(word, str(folder))
-    with pytest.raises(InputError) as error:
-        run(text, tmp_path / "out")
-    assert f"out.yaml, line {line}:" in str(error.value)
-    assert reason in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
 SLICES = f"""merge_method: task_arithmetic
 base_model: {BASE}
 slices:
@@ -336,17 +321,25 @@ BAD_SLICES: dict[str, tuple[str, str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_SLICES)
-def test_refusals_of_slices_name_the_line(case: str, llama: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    old, new, line, reason = BAD_SLICES[case]
-    assert SLICES.count(old) == 1
-    text = SLICES.replace(old, new)
+@pytest.mark.parametrize(
+    ("good", "change"),
+    [(GOOD, change) for change in BAD.values()] + [(SLICES, change) for change in BAD_SLICES.values()],
+    ids=[*BAD, *(f"slices: {name}" for name in BAD_SLICES)],
+)
+def test_refusals_name_the_line(
+    good: str, change: tuple[str, str, int, str], llama: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """What is wrong is refused with its line, before anything is written."""
+    old, new, line, reason = change
+    assert good.count(old) == 1
+    text = good.replace(old, new)
     for word, folder in zip((BASE, ONE, TWO), llama, strict=True):
         text = text.replace(word, str(folder))
     with pytest.raises(InputError) as error:
         run(text, tmp_path / "out")
     assert f"out.yaml, line {line}:" in str(error.value)
     assert reason in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_with_two_towers_have_no_slices(library: Library, tmp_path: Path) -> None:

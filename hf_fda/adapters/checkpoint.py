@@ -169,7 +169,7 @@ class AdapterCheckpoint:
 
 def adapter_of(checkpoint: Checkpoint) -> AdapterCheckpoint | None:
     """The adapter that a checkpoint is, also where it is seen with another vocabulary; None where it is none."""
-    inner = checkpoint.inner if isinstance(checkpoint, RowView) else checkpoint
+    inner = checkpoint.origin if isinstance(checkpoint, RowView) else checkpoint
     return inner if isinstance(inner, AdapterCheckpoint) else None
 
 

@@ -1,7 +1,8 @@
-"""A checkpoint seen with other rows in its vocabulary tensors: the same model, its tokens in other places."""
+"""Checkpoints that read their tensors from another: as they are, or with the rows of its vocabulary in other places."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
@@ -11,17 +12,73 @@ from transformers import PretrainedConfig
 
 from hf_fda.checkpoint.interface import Checkpoint, ReadCheckpoint
 from hf_fda.checkpoint.layout import ModelLayout
+from hf_fda.checkpoint.location import Location
 from hf_fda.lowrank import LowRank
 
 GiveRows = Callable[[str, Tensor], Tensor]
 """From a tensor's name and row numbers (n,) of the view to these rows (n, ...)."""
 
 
-class RowView(ReadCheckpoint):
+class View(ReadCheckpoint):
+    """A checkpoint that reads its tensors from another one. Its task vectors are differences of what is read.
+
+    Args:
+        origin: the other.
+    """
+
+    def __init__(self, origin: Checkpoint) -> None:
+        self.origin = origin
+        self.id, self.commit = origin.id, origin.commit
+        self.location: Location | None = origin.location
+        self.layout, self.names = origin.layout, origin.names
+        self.unexpected: Sequence[str] = origin.unexpected
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names that the model has but the checkpoint does not hold."""
+        return self.origin.missing
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return self.layout.config
+
+    @property
+    def origins(self) -> tuple[Checkpoint, ...]:
+        """As `Checkpoint.origins`."""
+        return self.origin.origins
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type of a tensor."""
+        return self.origin.dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in memory layout."""
+        return self.origin.shape(name)
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """One tensor on the CPU, as `Checkpoint.read`."""
+        return self.origin.read(name, part)
+
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`."""
+        return self.origin.in_parts(name)
+
+    @property
+    def disk_order(self) -> Sequence[str]:
+        """As `Checkpoint.disk_order`."""
+        return self.origin.disk_order
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the weights do."""
+        return hashlib.sha256(f"{type(self).__name__} {self.origin.fingerprint()}".encode()).hexdigest()
+
+
+class RowView(View):
     """A checkpoint whose vocabulary tensors are read row by row through a map; all else passes through.
 
     Args:
-        inner: the checkpoint.
+        origin: the checkpoint.
         layout: the same model with the view's number of rows.
         axes: the vocabulary tensors, and which of their axes counts tokens.
         rows: (rows of the view,) for each the checkpoint's own row, or -1 where it has none.
@@ -29,45 +86,20 @@ class RowView(ReadCheckpoint):
     """
 
     def __init__(
-        self, inner: Checkpoint, layout: ModelLayout, axes: Mapping[str, int], rows: Tensor, give: GiveRows
+        self, origin: Checkpoint, layout: ModelLayout, axes: Mapping[str, int], rows: Tensor, give: GiveRows
     ) -> None:
-        self.inner, self.layout = inner, layout
-        self.id, self.commit, self.location = inner.id, inner.commit, inner.location
-        self.names = inner.names
+        super().__init__(origin)
+        self.layout = layout
         self._axes, self._rows, self._give = dict(axes), rows, give
-
-    @property
-    def unexpected(self) -> Sequence[str]:
-        """Names in the files that the model has no place for."""
-        return self.inner.unexpected
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Names that the model has but the checkpoint does not hold."""
-        return self.inner.missing
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration, with the view's vocabulary."""
-        return self.layout.config
-
-    @property
-    def origins(self) -> tuple[Checkpoint, ...]:
-        """As `Checkpoint.origins`."""
-        return self.inner.origins
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The stored type of a tensor."""
-        return self.inner.dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor: of a vocabulary tensor with the view's rows, of another as it is."""
-        return self.layout.shapes[name] if name in self._axes else self.inner.shape(name)
+        return self.layout.shapes[name] if name in self._axes else self.origin.shape(name)
 
     def read(self, name: str, part: slice | None = None) -> Tensor:
         """One tensor on the CPU, as `Checkpoint.read`."""
         if name not in self._axes:
-            return self.inner.read(name, part)
+            return self.origin.read(name, part)
         shape = self.shape(name)
         if self._axes[name] != 0:
             whole = self._turned(name)
@@ -82,43 +114,38 @@ class RowView(ReadCheckpoint):
 
     def in_parts(self, name: str) -> bool:
         """As `Checkpoint.in_parts`: row by row where the checkpoint is."""
-        return self._axes.get(name, 0) == 0 and self.inner.in_parts(name)
+        return self._axes.get(name, 0) == 0 and self.origin.in_parts(name)
 
     @property
     def stored(self) -> bool:
         """As `Checkpoint.stored`."""
-        return self.inner.stored
-
-    @property
-    def disk_order(self) -> Sequence[str]:
-        """As `Checkpoint.disk_order`."""
-        return self.inner.disk_order
+        return self.origin.stored
 
     def task(self, name: str, base: Tensor, part: slice | None = None) -> Tensor:
         """As `Checkpoint.task`."""
-        return super().task(name, base, part) if name in self._axes else self.inner.task(name, base, part)
+        return super().task(name, base, part) if name in self._axes else self.origin.task(name, base, part)
 
     def may_move(self, name: str) -> bool:
         """As `Checkpoint.may_move`: any vocabulary tensor may, as its rows are others."""
-        return name in self._axes or self.inner.may_move(name)
+        return name in self._axes or self.origin.may_move(name)
 
     def factors(self, name: str) -> LowRank | None:
         """As `Checkpoint.factors`: none is known of a vocabulary tensor."""
-        return None if name in self._axes else self.inner.factors(name)
+        return None if name in self._axes else self.origin.factors(name)
 
     def rank(self, name: str) -> int | None:
         """As `Checkpoint.rank`: none is known of a vocabulary tensor."""
-        return None if name in self._axes else self.inner.rank(name)
+        return None if name in self._axes else self.origin.rank(name)
 
     def fingerprint(self) -> str:
         """A hash that changes when the checkpoint's own weights do; what the rows mean is not in it."""
-        return self.inner.fingerprint()
+        return self.origin.fingerprint()
 
     def _between(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a vocabulary tensor whose first axis counts tokens."""
         width = self.shape(name)[1:]
         rows = self._rows[start:stop]
-        stretches = [(place, read_rows(self.inner, name, own, count)) for place, own, count in runs(rows)]
+        stretches = [(place, read_rows(self.origin, name, own, count)) for place, own, count in runs(rows)]
         dtype = stretches[0][1].dtype if stretches else self.dtype(name)  # an adapter reads in more than is stored
         found = torch.empty((len(rows), *width), dtype=dtype)
         for place, stretch in stretches:
@@ -131,7 +158,7 @@ class RowView(ReadCheckpoint):
     def _turned(self, name: str) -> Tensor:
         """A vocabulary tensor with the tokens on another axis than the first, which are small."""
         axis = self._axes[name]
-        own = self.inner.read(name).movedim(axis, 0)
+        own = self.origin.read(name).movedim(axis, 0)
         found = own[self._rows.clamp(min=0)]
         lacking = (self._rows < 0).nonzero().flatten()
         if len(lacking):

@@ -11,9 +11,10 @@ import torch
 from hf_fda.blocks import find_blocks, regions
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import ModelLayout
+from hf_fda.checkpoint.view import View
 from hf_fda.inputs import Inputs
 from hf_fda.mergekit.groups import Group
-from hf_fda.mergekit.views import Stacked, View
+from hf_fda.mergekit.views import Stacked
 
 
 @dataclass(frozen=True)

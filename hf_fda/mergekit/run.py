@@ -191,7 +191,7 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     models = Models(results, trust)
     opened = open_groups(document, groups, models)
     wanted = {**vocabulary_of(document, opened), **said}
-    with_base = document.base is not None
+    with_base = document.base is not None  # tokens are taken from it also where it is a model among others
     inputs = open_inputs(opened.base, opened.sources, None, trust, **wanted, with_base=with_base)
     if not opened.with_base:
         inputs = replace(inputs, base=Nothing(inputs.base), with_base=False)

@@ -17,64 +17,10 @@ from hf_fda.blocks import find_blocks
 from hf_fda.checkpoint.interface import Checkpoint, ReadCheckpoint
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.checkpoint.location import Location
+from hf_fda.checkpoint.view import View
 from hf_fda.errors import RunError
 from hf_fda.planning import out_dtype
 from hf_fda.plans import Plan
-
-
-class View(ReadCheckpoint):
-    """A checkpoint that reads its tensors from another one. Its task vectors are differences of what is read.
-
-    Args:
-        origin: the other.
-    """
-
-    def __init__(self, origin: Checkpoint) -> None:
-        self.origin = origin
-        self.id, self.commit = origin.id, origin.commit
-        self.location: Location | None = origin.location
-        self.layout, self.names = origin.layout, origin.names
-        self.unexpected: Sequence[str] = origin.unexpected
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Names that the model has but the checkpoint does not hold."""
-        return self.origin.missing
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        return self.layout.config
-
-    @property
-    def origins(self) -> tuple[Checkpoint, ...]:
-        """As `Checkpoint.origins`."""
-        return self.origin.origins
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The stored type of a tensor."""
-        return self.origin.dtype(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor in memory layout."""
-        return self.origin.shape(name)
-
-    def read(self, name: str, part: slice | None = None) -> Tensor:
-        """One tensor on the CPU, as `Checkpoint.read`."""
-        return self.origin.read(name, part)
-
-    def in_parts(self, name: str) -> bool:
-        """As `Checkpoint.in_parts`."""
-        return self.origin.in_parts(name)
-
-    @property
-    def disk_order(self) -> Sequence[str]:
-        """As `Checkpoint.disk_order`."""
-        return self.origin.disk_order
-
-    def fingerprint(self) -> str:
-        """A hash that changes when the weights do."""
-        return hashlib.sha256(f"{type(self).__name__} {self.origin.fingerprint()}".encode()).hexdigest()
 
 
 class Nothing(View):

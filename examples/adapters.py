@@ -259,9 +259,9 @@ def show_merges(table: Table, base: Path, adapters: dict[str, Path], work: Path,
         if only and not any(label.startswith(part) for part in only):
             continue
         output = work / "merged" / label.replace(", ", "-").replace(" ", "-")
-        anchors = None
-        if arguments["method"] == "fda" and label != "fda":
-            anchors = {task: str(work / "merged/fda/anchors" / task) for task in sources}
+        made = {task: work / "merged/fda/anchors" / task for task in sources}
+        again = arguments["method"] == "fda" and label != "fda" and all(folder.is_dir() for folder in made.values())
+        anchors = {task: str(folder) for task, folder in made.items()} if again else None
         start = time.perf_counter()
         merged = hf_fda.merge(
             str(base), sources, output=output, as_adapter=True, anchors=anchors, quiet=True, **arguments

@@ -1,0 +1,1 @@
+"""Rows of real data, for the methods that look at them."""

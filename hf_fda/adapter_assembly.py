@@ -15,8 +15,7 @@ from hf_fda.adapters.files import CONFIG, WEIGHTS
 from hf_fda.adapters.report import REPORT, AdapterReport, ModuleReport
 from hf_fda.adapters.saving import adapter_config, adapter_tensors, config_text
 from hf_fda.adapters.targets import AdapterPlan, Target
-from hf_fda.assembly import BLOCKS, Assembly, rule_of
-from hf_fda.blocks import Unit
+from hf_fda.assembly import Assembly, rule_of
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import RunError
@@ -24,8 +23,7 @@ from hf_fda.lowrank import LowRank, factorise, kept
 from hf_fda.publish import clean, copy_processors, remove_model, write_heads, write_record
 from hf_fda.recipes import Recipe
 from hf_fda.stages import Piece
-from hf_fda.store import WORK, Store, key_of
-from hf_fda.unit_files import read_adapted
+from hf_fda.store import WORK, key_of
 from hf_fda.version import versions
 
 FACTORS = f"{WORK}/factors"
@@ -42,11 +40,6 @@ class AdapterAssembly(Assembly):
         return self.plan.adapter
 
     @cached_property
-    def units(self) -> dict[str, Unit]:
-        """The plan's units by name."""
-        return {unit.name: unit for unit in self.plan.units}
-
-    @cached_property
     def recipes(self) -> dict[str, Recipe]:
         """How each tensor is made, by the base's name of it."""
         result = self.plan.result
@@ -59,15 +52,15 @@ class AdapterAssembly(Assembly):
 
     @cached_property
     def _finished(self) -> bool:
-        return (self.plan.output / CONFIG).is_file() and Store(self.plan.output).finished(WEIGHTS, self._whole_key)
+        return (self.plan.output / CONFIG).is_file() and self.run.store.finished(WEIGHTS, self._whole_key)
 
     @cached_property
     def _whole_key(self) -> str:
         return key_of([self._key(target) for target in self.adapter.targets], self.plan.arguments)
 
-    def units_in(self, target: Target) -> set[str]:
-        """The unit that a tensor is adapted with, if it is."""
-        return {self.recipes[target.base_name].unit or ""} - {""}
+    def tensors_in(self, target: Target) -> set[str]:
+        """The base's name of the tensor."""
+        return {target.base_name}
 
     def piece(self, target: Target) -> Piece:
         """The work of merging and factoring one tensor."""
@@ -84,9 +77,9 @@ class AdapterAssembly(Assembly):
     def _key(self, target: Target) -> str:
         recipe, budget = self.recipes[target.base_name], self.adapter.budget
         rule = rule_of(recipe, self.plan.seed)
-        units = [self.unit_key(self.units[name]) for name in self.units_in(target)]
+        key = self.preparation.key(target.base_name)
         own = target.base_name, target.form, target.limit, budget.rank, budget.energy
-        return key_of("factors", own, rule, units, self.fingerprints, versions())
+        return key_of("factors", own, rule, key, self.fingerprints, versions())
 
     def _made(self, target: Target) -> dict[str, Tensor]:
         """The tensors that stand for one merged tensor, and its norm with the share of it that they leave out."""
@@ -110,16 +103,15 @@ class AdapterAssembly(Assembly):
         recipe, name = self.recipes[target.base_name], target.base_name
         task: LowRank | Tensor | None = None
         if recipe.rule == "unit":
-            path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
-            base = self.plan.inputs.base
-            found = read_adapted(path, name, base.shape(name))
-            task = found if isinstance(found, LowRank) else found - base.read(name).float()
+            found = self.preparation.adapted(name)
+            task = found if isinstance(found, LowRank) else found - self.plan.inputs.base.read(name).float()
         else:
             assert recipe.config is not None
+            config = self.preparation.settled(name, recipe.config)
             if target.factored:
-                task = self.vectors.merged_factors(name, recipe.config)
+                task = self.vectors.merged_factors(name, config)
             if task is None:
-                task = self.vectors.merged_task(name, recipe.config)
+                task = self.vectors.merged_task(name, config)
         parts = (task.left, task.right) if isinstance(task, LowRank) else (task,)
         if not all(bool(part.isfinite().all()) for part in parts):
             raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
@@ -127,11 +119,11 @@ class AdapterAssembly(Assembly):
 
     # -- the finished folder ---------------------------------------------------------------------------------------
 
-    def publish(self, store: Store) -> None:
+    def publish(self) -> None:
         """Write the adapter from its parts, and everything around it; `adapter_config.json` comes last."""
         if self._finished:
             return
-        folder = self.plan.output
+        folder, store = self.plan.output, self.run.store
         (folder / CONFIG).unlink(missing_ok=True)
         remove_model(self.plan.output, store)
         factors, others, report = self._gathered()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from hf_fda import costs
-from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
 from hf_fda.devices import release_memory
-from hf_fda.plans import Plan
+from hf_fda.preparation import Preparation
 from hf_fda.publish import publish
 from hf_fda.recipes import Recipe, out_dtype
+from hf_fda.running import Run
 from hf_fda.stages import Piece
-from hf_fda.store import WORK, Store, key_of
+from hf_fda.store import WORK, key_of
 from hf_fda.streaming.footprint import AHEAD_BYTES, Footprint
 from hf_fda.streaming.merging_tensors import TensorMerger, check_finite
-from hf_fda.streaming.taskvectors import TaskVectors
 from hf_fda.streaming.workers import Workers
-from hf_fda.unit_files import read_adapted
 from hf_fda.version import versions
 
 STAGED = f"{WORK}/staged"
 """Where finished weight files wait until all are there."""
-
-BLOCKS = f"{WORK}/blocks"
-"""Where adapted units wait until the files that hold them are written."""
 
 RELEASE_EVERY = 250_000_000
 """Bytes written to a weight file between two times that freed memory is given back."""
@@ -47,21 +42,13 @@ class Assembly(ABC):
     """What a plan writes, part by part.
 
     Args:
-        plan: what to write.
-        vectors: reads base and sources.
-        fingerprints: hashes of base and sources.
-        unit_key: the hash of everything that determines an adapted unit.
+        run: the run it is part of.
+        preparation: what the method found out before.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        vectors: TaskVectors,
-        fingerprints: Mapping[str, str],
-        unit_key: Callable[[Unit], str],
-    ) -> None:
-        self.plan, self.vectors = plan, vectors
-        self.fingerprints, self.unit_key = dict(fingerprints), unit_key
+    def __init__(self, run: Run, preparation: Preparation) -> None:
+        self.run, self.preparation = run, preparation
+        self.plan, self.vectors, self.fingerprints = run.plan, run.vectors, run.fingerprints
 
     @property
     @abstractmethod
@@ -69,15 +56,15 @@ class Assembly(ABC):
         """What is made one by one."""
 
     @abstractmethod
-    def units_in(self, part: Any) -> set[str]:
-        """The units that a part holds tensors of."""
+    def tensors_in(self, part: Any) -> set[str]:
+        """The base's names of the tensors in a part."""
 
     @abstractmethod
     def piece(self, part: Any) -> Piece:
         """The work of making one part."""
 
     @abstractmethod
-    def publish(self, store: Store) -> None:
+    def publish(self) -> None:
         """Put the finished parts in their place and write everything around them."""
 
 
@@ -94,14 +81,14 @@ class CheckpointAssembly(Assembly):
         """What is made one by one."""
         return self.plan.shards
 
-    def publish(self, store: Store) -> None:
+    def publish(self) -> None:
         """Put the finished files in their place and write everything around them."""
-        publish(self.plan, store)
+        publish(self.plan, self.run.store)
 
-    def units_in(self, shard: Shard) -> set[str]:
-        """The units that a weight file holds tensors of."""
-        recipes = self.plan.result.recipes
-        return {recipes[name].unit or "" for group in shard.groups for name in group} - {""}
+    def tensors_in(self, shard: Shard) -> set[str]:
+        """The base's names of the tensors in a weight file."""
+        known = self.plan.result.base_names
+        return {known[name] for group in shard.groups for name in group if name in known}
 
     def piece(self, shard: Shard) -> Piece:
         """The work of writing one weight file."""
@@ -114,16 +101,15 @@ class CheckpointAssembly(Assembly):
         return Piece(f"write {shard.file}", staged, self._shard_key(shard), cost, make, (shard.file,))
 
     def _shard_key(self, shard: Shard) -> str:
-        units = {unit.name: self.unit_key(unit) for unit in self.plan.units if unit.name in self.units_in(shard)}
+        keys = {name: key for name in self.tensors_in(shard) if (key := self.preparation.key(name)) is not None}
         recipes = self.plan.result.recipes
         rules = [(name, rule_of(recipes[name], self.plan.seed)) for group in shard.groups for name in group]
         specs = {name: (str(spec.dtype), spec.shape) for name, spec in shard.specs.items()}
-        return key_of("shard", rules, specs, units, self.fingerprints, versions())
+        return key_of("shard", rules, specs, keys, self.fingerprints, versions())
 
-    def _adapted(self, name: str, recipe: Recipe) -> Tensor:
+    def _adapted(self, name: str) -> Tensor:
         """A tensor that was adapted with its unit."""
-        path = self.plan.output / BLOCKS / f"{recipe.unit}.safetensors"
-        found = read_adapted(path, name, self.plan.inputs.base.shape(name))
+        found = self.preparation.adapted(name)
         return found if isinstance(found, Tensor) else self.plan.inputs.base.read(name).float() + found.dense()
 
     def _fill(self, path: Path, shard: Shard) -> str:
@@ -154,12 +140,12 @@ class CheckpointAssembly(Assembly):
         recipe, own = self.plan.result.recipes[name], self.plan.result.base_names.get(name)
         dtype = out_dtype(self.plan.inputs, self.plan.result, name, self.plan.dtype)
         if recipe.rule == "unit":
-            return self._adapted(self.plan.result.base_names[name], recipe).to(dtype)
+            return self._adapted(self.plan.result.base_names[name]).to(dtype)
         if recipe.rule == "base":
             return self.plan.inputs.base.read(self.plan.result.base_names[name]).to(dtype)
         assert recipe.config is not None
         if own is not None:
-            return merger.merged(own, recipe.config, dtype)
+            return merger.merged(own, self.preparation.settled(own, recipe.config), dtype)
         mean = self.vectors.soup(name, recipe.config)
         check_finite(name, mean)
         return mean.to(dtype)

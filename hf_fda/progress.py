@@ -16,16 +16,22 @@ class Progress:
     """Counts finished pieces of work.
 
     Args:
-        total: number of pieces.
+        total: number of pieces, as far as it is known.
         quiet: say nothing.
         every: seconds between two lines when there is no terminal.
     """
 
-    def __init__(self, total: int, quiet: bool = False, every: float = 10.0) -> None:
+    def __init__(self, total: int = 0, quiet: bool = False, every: float = 10.0) -> None:
         self.total, self.done, self.quiet, self.every = total, 0, quiet, every
         self._spoke = time.monotonic()
         terminal = sys.stderr.isatty() and not quiet
         self._bar: Any = tqdm(total=total, unit="step", file=sys.stderr, leave=False) if terminal else None
+
+    def expect(self, total: int) -> None:
+        """Say how many pieces there are."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.reset(total)
 
     def now(self, what: str, loss: float | None = None) -> None:
         """Say what is being worked on, with its current loss."""

@@ -6,7 +6,7 @@ values. Counts of the weight files add up, so that every process counts some of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import Shard, save_tensors
-from hf_fda.plans import Plan
+from hf_fda.preparation import Preparation
+from hf_fda.running import Run
 from hf_fda.selection import COARSE_BINS, FINE_BINS, Cut, cut_at
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, key_of
 from hf_fda.streaming.footprint import AHEAD_BYTES
-from hf_fda.streaming.taskvectors import StoredPart, TaskVectors
+from hf_fda.streaming.taskvectors import StoredPart
 from hf_fda.streaming.tensorwise import parts_of
 from hf_fda.streaming.trimming import NOTHING, bins_of, check_counts, count_coarse, count_fine, kept_of, trims_globally
 from hf_fda.streaming.workers import Workers
@@ -31,32 +32,33 @@ COUNTS = f"{WORK}/counts"
 """Where the counts of the weight files lie until all are written."""
 
 
-class GlobalTrim:
+class GlobalTrim(Preparation):
     """Finds the cuts of one plan.
 
     Args:
-        plan: what is merged.
-        vectors: reads base and sources.
-        fingerprints: hashes of base and sources.
+        run: of a plan whose method trims whole task vectors.
     """
 
-    def __init__(self, plan: Plan, vectors: TaskVectors, fingerprints: Mapping[str, str]) -> None:
-        self.plan, self.vectors, self.fingerprints = plan, vectors, fingerprints
-        self.sources = plan.inputs.weighted
-        self.shards = [shard for shard in plan.shards if self._names(shard)] if trims_globally(plan.config) else []
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.sources = self.plan.inputs.weighted
+        self.shards = [shard for shard in self.plan.shards if self._names(shard)]
 
-    def coarse_pieces(self) -> list[Piece]:
-        """The first pass, one piece for each weight file."""
-        count = partial(count_coarse, device=self.plan.device)
-        return [self._piece(shard, "coarse", count, COARSE_BINS, ()) for shard in self.shards]
+    @property
+    def count(self) -> int:
+        """As `Preparation.count`."""
+        return 2 * len(self.shards)
 
-    def fine_pieces(self) -> list[Piece]:
-        """The second pass; the first one is done."""
+    def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
+        """As `Preparation.stages`: two passes over all weights, where any tensor is still to be written."""
+        if not any(name in wanted for shard in self.shards for name in self._names(shard)):
+            return
+        yield [self._piece(shard, "coarse", count_coarse, COARSE_BINS, ()) for shard in self.shards]
         bins = [coarse for coarse, _ in self._bins()]
-        count = partial(count_fine, coarse=bins, device=self.plan.device)
-        return [self._piece(shard, "fine", count, FINE_BINS, bins) for shard in self.shards]
+        yield [self._piece(shard, "fine", partial(count_fine, coarse=bins), FINE_BINS, bins) for shard in self.shards]
+        self.run.vectors.cuts = self._cuts()
 
-    def cuts(self) -> list[Cut]:
+    def _cuts(self) -> list[Cut]:
         """For each source which of its entries stay; both passes are done. Of entries that tie all stay."""
         fine = self._total("fine")
         found = [cut_at(coarse, own, inside).bits for (coarse, inside), own in zip(self._bins(), fine, strict=True)]
@@ -87,26 +89,27 @@ class GlobalTrim:
     def _file(self, shard: Shard, kind: str) -> str:
         return f"{COUNTS}/{kind}-{shard.file}"
 
-    def _piece(
-        self, shard: Shard, kind: str, count: Callable[[StoredPart], Tensor], bins: int, inside: Sequence[int]
-    ) -> Piece:
-        names = self._names(shard)
+    def _piece(self, shard: Shard, kind: str, count: Callable[..., Tensor], bins: int, inside: Sequence[int]) -> Piece:
+        names, device = self._names(shard), self.plan.device
 
         def make() -> Callable[[Path], str]:
-            counts = self._count(names, count, torch.zeros(len(self.sources), bins, dtype=torch.int64))
+            counts = self._count(
+                names, partial(count, device=device), torch.zeros(len(self.sources), bins, dtype=torch.int64)
+            )
             return lambda path: save_tensors(path, {"counts": counts})
 
-        key = key_of(kind, names, inside, self.fingerprints, versions())
+        key = key_of(kind, names, inside, self.run.fingerprints, versions())
         return Piece(f"{kind} counts of {shard.file}", self._file(shard, kind), key, shard.nbytes, make)
 
     def _count(self, names: Sequence[str], count: Callable[[StoredPart], Tensor], total: Tensor) -> Tensor:
         """Add up the counts of some tensors."""
+        vectors = self.run.vectors
         with Workers() as workers:
 
             def count_tensor(name: str) -> Tensor:
                 parts = parts_of(prod(self.plan.inputs.base.shape(name)))
-                counted = lambda part: count(self.vectors.stored(name, part))  # noqa: E731 (one line, twice)
-                each = workers.each(counted, parts) if self.vectors.in_parts(name) else map(counted, parts)
+                counted = lambda part: count(vectors.stored(name, part))  # noqa: E731 (one line, twice)
+                each = workers.each(counted, parts) if vectors.in_parts(name) else map(counted, parts)
                 return sum(each, torch.zeros_like(total))
 
             for counts in workers.in_order(count_tensor, names, lambda _: 0, AHEAD_BYTES):

@@ -1,0 +1,50 @@
+"""What every part of a run has at hand: the plan, the files, the task vectors, the other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from hf_fda.plans import Plan
+from hf_fda.processes import Team
+from hf_fda.progress import Progress
+from hf_fda.stages import Piece, find_finished, work_off
+from hf_fda.store import Store
+from hf_fda.streaming.taskvectors import TaskVectors
+
+ROWS = "/rows"
+"""The name, which no source can have, of the hash of what the vocabulary's rows are made of."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's part in making a plan come true.
+
+    `store` is its output folder, `vectors` reads base and sources, `team` are the processes that work together, and
+    `progress` whom they tell.
+    """
+
+    plan: Plan
+    store: Store
+    vectors: TaskVectors
+    team: Team
+    progress: Progress
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of base and sources, by name; it changes when their weights do, or their vocabularies' rows."""
+        inputs = self.plan.inputs
+        named = {source.name: source.checkpoint.fingerprint() for source in inputs.weighted}
+        found = {"": inputs.base.fingerprint(), **named}
+        rows = inputs.vocabulary.fingerprint
+        return found | {ROWS: rows} if rows else found
+
+    def finished(self, pieces: Sequence[Piece]) -> list[bool]:
+        """Which pieces an earlier run finished."""
+        return find_finished(pieces, self.store, self.team)
+
+    def work_off(self, pieces: Sequence[Piece], finished: Sequence[bool] | None = None) -> None:
+        """Do what is not finished, together with the other processes."""
+        known = self.finished(pieces) if finished is None else finished
+        work_off(pieces, known, self.store, self.team, self.progress)

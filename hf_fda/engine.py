@@ -8,12 +8,17 @@ from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.anchor_preparation import AnchorPreparation
 from hf_fda.assembly import Assembly, CheckpointAssembly
 from hf_fda.errors import InputError, RunError
+from hf_fda.fisher_preparation import FisherPreparation
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.merge_methods.fisher import FisherConfig
+from hf_fda.merge_methods.regmean import RegMeanConfig, RegMeanPlusConfig
 from hf_fda.plans import Plan
 from hf_fda.preparation import Preparation
 from hf_fda.processes import Team, together
 from hf_fda.progress import Progress
 from hf_fda.refusals import check_disk
+from hf_fda.regmean_pp_preparation import RegMeanPlusPreparation
+from hf_fda.regmean_preparation import RegMeanPreparation
 from hf_fda.running import ROWS, Run
 from hf_fda.sharing import check_same, check_shared
 from hf_fda.store import Store, key_of
@@ -63,6 +68,12 @@ def preparation_of(run: Run) -> Preparation:
     """What a plan's method does before tensors are written."""
     if isinstance(run.plan.config, FDAConfig):
         return AnchorPreparation(run)
+    if isinstance(run.plan.config, FisherConfig):
+        return FisherPreparation(run)
+    if isinstance(run.plan.config, RegMeanPlusConfig):
+        return RegMeanPlusPreparation(run)
+    if isinstance(run.plan.config, RegMeanConfig):
+        return RegMeanPreparation(run)
     if trims_globally(run.plan.config):
         return GlobalTrim(run)
     return Preparation(run)

@@ -71,7 +71,7 @@ def write_record(plan: Plan, store: Store, report: AdapterReport | None = None) 
 
 def clean(store: Store) -> None:
     """Remove the work in progress of a merge that is finished."""
-    for name in ("staged", "blocks", "counts", "partial"):
+    for name in ("staged", "blocks", "counts", "statistics", "partial"):
         shutil.rmtree(store.work / name, ignore_errors=True)
     shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
 

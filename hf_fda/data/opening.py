@@ -220,6 +220,6 @@ def _report(table: Table, read: int, encoded: Sequence[EncodedRow]) -> None:
         said.append(f"{read - len(encoded)} of {read} rows have nothing in them and are left out")
     cut = sum(row.cut for row in encoded)
     if cut:
-        said.append(f"{cut} of {len(encoded)} texts are cut at their end (max_length)")
+        said.append(f"{cut} of {len(encoded)} texts are cut to max_length tokens")
     if said:
         logger.warning("%s: %s", table.label, ", ".join(said))

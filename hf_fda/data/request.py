@@ -19,7 +19,8 @@ class Reading:
     """How rows are read, the same for all tasks.
 
     `rows` is the most rows of a task (None: all): a sample by `seed` of those that can be counted, in their own order,
-    and the first ones of a stream. `max_length` is the most tokens of a text; what is longer is cut at the end.
+    and the first ones of a stream. `max_length` is the most tokens of a text, or the model's own maximum where that is
+    less; what is longer is cut by the tokenizer, as a rule at its end.
     """
 
     rows: int | None = None
@@ -28,13 +29,14 @@ class Reading:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        check_number("rows", self.rows)
+        if self.rows is not None:
+            check_number("rows", self.rows)
         check_number("max_length", self.max_length)
 
 
 def check_number(name: str, value: Any) -> None:
-    """Refuse what is neither None nor a whole number, at least 1."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    """Refuse what is no whole number, at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} must be a whole number, at least 1, not {value!r}")
 
 
@@ -89,7 +91,8 @@ def as_given(task: str, value: Any) -> Given:
             raise InputError(f"data of '{task}': {key} must be text, not {value[key]!r}")
     given = Given(**{**value, "columns": listed})
     for key in ("rows", "max_length"):
-        check_number(f"data of '{task}': {key}", getattr(given, key))
+        if value.get(key) is not None:
+            check_number(f"data of '{task}': {key}", value[key])
     if given.columns and given.prompt:
         raise InputError(f"data of '{task}': give columns, or prompt and target, not both")
     return given

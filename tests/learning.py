@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +66,3 @@ class Family:
             record(source_model(source, CPU, dtype), rows, CPU, batch_size=5, **options)
             for source, rows in zip(self.inputs.weighted, self.rows, strict=True)
         ]
-
-
-def folders(paths: Sequence[Path]) -> dict[str, Path]:
-    """Sources by the names of their folders."""
-    return {path.name: path for path in paths}

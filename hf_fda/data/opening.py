@@ -50,6 +50,12 @@ class OpenedData:
     given: Given
     seed: int
 
+    @property
+    def summary(self) -> str:
+        """Where the rows come from, and how many they are, in words."""
+        what = str(self.record.get("path", "rows in memory"))
+        return what if self.count is None else f"{what}, {self.count:,} rows"
+
     def encode(self) -> TaskRows:
         """Read and encode the rows. Those with nothing in them are left out, which is logged; so is what is cut.
 

@@ -27,7 +27,15 @@ from hf_fda.plans import Plan
 from hf_fda.prediction import predict
 from hf_fda.provenance import Described, record
 from hf_fda.recipes import Output, decide, out_dtype
-from hf_fda.refusals import check_apart, check_moves, check_ties, check_trim, check_vocabulary, check_wants_data
+from hf_fda.refusals import (
+    check_apart,
+    check_moves,
+    check_rows,
+    check_ties,
+    check_trim,
+    check_vocabulary,
+    check_wants_data,
+)
 from hf_fda.settings import Settings
 
 
@@ -129,6 +137,7 @@ def make_plan(
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
     check_apart(settings.output, inputs)
+    check_rows(given, rows or {})
     check_vocabulary(settings, inputs)
     config = _complete(given, inputs, as_adapter=settings.budget is not None)
     check_trim(config, settings, described)

@@ -167,7 +167,7 @@ def make_plan(
         heads=settings.heads,
         arguments=record(inputs, config, settings, described, rows),
         peak_memory_bytes=peak_memory_bytes(
-            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks
+            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks, rows
         ),
         disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
         notes=tuple(notes_of(inputs, config, result, adapter, ranks)),

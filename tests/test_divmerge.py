@@ -123,6 +123,14 @@ def test_a_causal_model_is_merged_with_its_embeddings(saved: Any, tmp_path: Path
     assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
 
 
+def test_encoder_decoders_write_what_their_rows_do_not_say(saved: Any, tmp_path: Path) -> None:
+    base, folders = saved("t5", 2, decoder_start_token_id=0)
+    sources = {"one": folders[0], "two": folders[1]}
+    hf_fda.merge(base, sources, "divmerge", tmp_path / "out", data=rows_for(sources), **SETTINGS)
+    assert "after" not in learnt(tmp_path / "out").groups[0]
+    assert len(learnt(tmp_path / "out").groups) > 4
+
+
 def test_it_is_written_down_and_made_again(files: Any, tmp_path: Path) -> None:
     base, sources, data = files
     hf_fda.merge(base, sources, "divmerge", tmp_path / "a", data=data, rows=8, **SETTINGS)

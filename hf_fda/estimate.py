@@ -12,8 +12,11 @@ from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
+from hf_fda.data.opening import OpenedData
+from hf_fda.divergence.footprint import learning_bytes
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.recipes import Output
 from hf_fda.streaming.footprint import Footprint
 
@@ -27,6 +30,7 @@ def peak_memory_bytes(
     dtype: torch.dtype | None,
     adapter: AdapterPlan | None = None,
     ranks: Mapping[str, int] | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
     writing = [Footprint(inputs, result, dtype).peak(shard) for shard in shards]
@@ -34,6 +38,9 @@ def peak_memory_bytes(
     if isinstance(config, FDAConfig) and units:
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
         stages.append(max(adaptation_bytes(inputs, config, unit, ranks or {}) for unit in units))
+    if isinstance(config, LearnedConfig):
+        merged = [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
+        stages.append(learning_bytes(inputs, config, merged, rows or {}))
     read = [adapter_of(own.checkpoint) for own in inputs.weighted]
     return max(stages) + sum(t.nbytes for own in read if own is not None for t in own.files.tensors.values())
 

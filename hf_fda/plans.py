@@ -14,6 +14,7 @@ from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.writer import Shard
+from hf_fda.data.opening import OpenedData
 from hf_fda.estimate import adapter_bytes
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import MethodConfig
@@ -28,7 +29,8 @@ class Plan:
     `units` are what function-space methods merge one by one; `shards` the weight files that will be written, or
     `adapter` the adapter; `ranks` of the thin factors that adaptation steps on, by the base's names of tensors;
     `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `time`
-    is how long it will take, where that was asked for; `notes` say what a user may not expect.
+    is how long it will take, where that was asked for; `notes` say what a user may not expect; `data` are the rows of
+    every task that the method looks at.
     """
 
     inputs: Inputs
@@ -48,6 +50,7 @@ class Plan:
     adapter: AdapterPlan | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     time: Prediction | None = None
+    data: Mapping[str, OpenedData] = field(default_factory=dict)
 
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:
@@ -75,6 +78,7 @@ class Plan:
             kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
             what = "anchors only" if source.weights is None else _kind(source.weights.checkpoint)
             lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
+        lines += [f"  data      {task}: {rows.summary}" for task, rows in self.data.items()]
         if self.inputs.vocabulary.summary is not None:
             lines.append(f"  tokens    {self.inputs.vocabulary.summary}")
         stated = {**self.config.options(), **self.arguments["options"]}

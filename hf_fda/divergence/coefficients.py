@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.divergence.groups import Granularity, group
-from hf_fda.divergence.task_tensors import Dense, Stored, TaskTensors, TaskVectorForm, Thin
+from hf_fda.divergence.groups import group
+from hf_fda.divergence.task_tensors import Dense, Stored, TaskTensors, Thin
+from hf_fda.merge_methods.learned import Granularity, TaskVectorForm
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from hf_fda.blocks import find_blocks, regions
 from hf_fda.checkpoint.layout import ModelLayout
-
-Granularity = Literal["task", "block", "tensor"]
+from hf_fda.merge_methods.learned import Granularity
 
 
 @dataclass(frozen=True)

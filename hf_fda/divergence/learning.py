@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +15,8 @@ from hf_fda.divergence.coefficients import MergedParameters
 from hf_fda.divergence.objectives import Objective
 from hf_fda.divergence.task_models import logits_of
 from hf_fda.errors import InputError, RunError
+from hf_fda.merge_methods.learned import Order
 from hf_fda.randomness import random_stream
-
-Order = Literal["mixed", "turn"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from torch.nn import functional
 
 from hf_fda.data.rows import Kind
 from hf_fda.errors import InputError
-
-Measure = Literal["jensen-shannon", "forward-kl", "reverse-kl"]
+from hf_fda.merge_methods.divmerge import Measure
 
 FLOOR = -1e4
 """Log-probabilities below this are taken for it: their probability is zero, and zero times them is zero too."""

@@ -8,8 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from hf_fda.data.rows import Kind
-from hf_fda.divergence.measures import Measure, divergence, entropy
+from hf_fda.divergence.measures import divergence, entropy
 from hf_fda.divergence.outputs import RecordedOutputs
+from hf_fda.merge_methods.divmerge import Measure
 
 
 class Objective(Protocol):

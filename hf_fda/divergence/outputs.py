@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ from hf_fda.data.rows import Kind, TaskRows
 from hf_fda.divergence.measures import Target, answer
 from hf_fda.divergence.task_models import logits_of
 from hf_fda.errors import InputError, RunError
-
-Precision = Literal["float16", "float32"]
+from hf_fda.merge_methods.divmerge import Precision
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,12 @@ with every tau_t.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hf_fda.lowrank import LowRank
-
-TaskVectorForm = Literal["float32", "bfloat16", "disk"]
-"""How dense task vectors are held: in the type that is computed in; rounded to bfloat16 after the difference was taken
-(8 significant bits of the change, not of the weight), at half the memory; or not at all, but read at each use."""
 
 PIECE = 1 << 20
 """Entries of a rounded tensor that are widened at a time."""

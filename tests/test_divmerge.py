@@ -155,6 +155,27 @@ def test_the_command_line_makes_the_same(files: Any, tmp_path: Path, capsys: Any
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_a_configuration_of_mergekit_names_the_method(files: Any, tmp_path: Path) -> None:
+    base, sources, data = files
+    document = {
+        "merge_method": "divmerge",
+        "base_model": str(base),
+        "models": [{"model": str(folder)} for folder in sources.values()],
+        "parameters": {"steps": 4, "batch_size": 4, "every": 2},
+        "hf_fda": {"data": data},
+    }
+    hf_fda.merge_config(document, tmp_path / "a", quiet=True, device="cpu")
+    merged = hf_fda.merge_config(tmp_path / "a" / "merge_config.yaml", tmp_path / "b", quiet=True, device="cpu")
+    assert merged.coefficients is not None
+    assert merged.coefficients.sources == tuple(sources)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    del document["hf_fda"]
+    with pytest.raises(InputError, match="looks at unlabelled rows"):
+        hf_fda.merge_config(document, tmp_path / "c", quiet=True)
+    merged = hf_fda.merge_config(document, tmp_path / "c", data=data, quiet=True, device="cpu")
+    assert torch.equal(weights(tmp_path / "a")["pooler.dense.bias"], weights(tmp_path / "c")["pooler.dense.bias"])
+
+
 def _merge(base: Path, sources: dict[str, Path], output: Path, data: dict[str, str]) -> None:
     hf_fda.merge(base, sources, "divmerge", output, data=data, max_shard_bytes=20_000, **SETTINGS)
 

@@ -18,6 +18,7 @@ from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.recipes import Output
+from hf_fda.statistics.footprint import statistics_bytes
 from hf_fda.streaming.footprint import Footprint
 
 
@@ -39,10 +40,15 @@ def peak_memory_bytes(
         stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
         stages.append(max(adaptation_bytes(inputs, config, unit, ranks or {}) for unit in units))
     if isinstance(config, LearnedConfig):
-        merged = [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
-        stages.append(learning_bytes(inputs, config, merged, rows or {}))
+        stages.append(learning_bytes(inputs, config, _merged_by(config, result), rows or {}))
+    stages.append(statistics_bytes(inputs, config, _merged_by(config, result), rows or {})[0])
     read = [adapter_of(own.checkpoint) for own in inputs.weighted]
     return max(stages) + sum(t.nbytes for own in read if own is not None for t in own.files.tensors.values())
+
+
+def _merged_by(config: MethodConfig, result: Output) -> list[str]:
+    """The base's names of the tensors that are merged by the plan's own method."""
+    return [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
 
 
 def _factor_stage(inputs: Inputs, adapter: AdapterPlan) -> int:
@@ -112,13 +118,15 @@ def disk_bytes(
     inputs: Inputs,
     config: MethodConfig,
     units: Sequence[Unit],
+    result: Output,
     shards: Sequence[Shard],
     adapter: AdapterPlan | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> int:
     """Bytes the output folder will take, with what is there while it is being made (an adapter: its parts too)."""
     model = sum(shard.nbytes for shard in shards) + (0 if adapter is None else 2 * adapter_bytes(inputs, adapter))
     if not isinstance(config, FDAConfig):
-        return model
+        return model + statistics_bytes(inputs, config, _merged_by(config, result), rows or {})[1]
     blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4
     tokens = tokens_of(inputs.base, config)
     constructed = sum(source.anchors is None for source in inputs.sources)

@@ -11,8 +11,10 @@ from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.regmean import RegMeanConfig
 from hf_fda.progress import logger
 from hf_fda.recipes import Output
+from hf_fda.statistics.layers import layer_weights
 
 
 def notes_of(
@@ -53,9 +55,19 @@ def notes_of(
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
     if isinstance(config, FDAConfig) and config.parametrization == "factors":
         notes.append(_stepped_on(ranks or {}))
+    if isinstance(config, RegMeanConfig):
+        notes.append(_solved(inputs, config, result))
     if isinstance(config, FDAConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
+
+
+def _solved(inputs: Inputs, config: RegMeanConfig, result: Output) -> str:
+    """Which tensors RegMean solves for, and which it averages."""
+    merged = [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
+    solved, roles = layer_weights(inputs.base, merged), inputs.base.layout.roles
+    stacks = "; stacks of experts too, as no single expert's inputs show" if "stack" in roles.values() else ""
+    return f"{len(solved)} weights of linear layers are solved for, the mean is taken of the rest{stacks}"
 
 
 def _stepped_on(ranks: Mapping[str, int]) -> str:

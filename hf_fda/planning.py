@@ -22,6 +22,7 @@ from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.merge_methods.looking import RowsConfig
+from hf_fda.merge_methods.regmean import RegMeanPlusConfig
 from hf_fda.notes import notes_of
 from hf_fda.plans import Plan
 from hf_fda.prediction import predict
@@ -169,7 +170,7 @@ def make_plan(
         peak_memory_bytes=peak_memory_bytes(
             inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks, rows
         ),
-        disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
+        disk_bytes=disk_bytes(inputs, config, units, result, shards, adapter, rows),
         notes=tuple(notes_of(inputs, config, result, adapter, ranks)),
         adapter=adapter,
         ranks=ranks,
@@ -203,6 +204,8 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
     if not isinstance(config, FDAConfig):
         if without:
             raise InputError(f"source '{without[0]}' is anchors only; method '{config.name}' needs its weights")
+        if isinstance(config, RegMeanPlusConfig):
+            require_blocks(inputs.base.layout)
         return with_source_names(config, names)
     for role in ("initial", "rest"):
         if without and getattr(config, role) not in (None, "base"):

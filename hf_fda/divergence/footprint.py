@@ -13,6 +13,7 @@ from hf_fda.costs import outputs
 from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.merge_methods.looking import RowsConfig
 
 KEPT = 3.5
 """Entries that the backward pass finds kept for each entry of a linear layer's output: what goes in, what norms and
@@ -52,8 +53,13 @@ def _task_bytes(config: LearnedConfig, source: AlignedSource, name: str, base: C
     return prod(shape) * {"float32": 4, "bfloat16": 2, "disk": 0}[config.task_vectors]
 
 
-def _activation_bytes(inputs: Inputs, config: LearnedConfig, rows: OpenedData) -> int:
-    """Bytes that are kept of a minibatch until the backward pass, with rows as long as they may be."""
+def longest_row(inputs: Inputs, config: RowsConfig) -> int:
+    """Tokens of a row at most: of a text as far as the model and `max_length` go, or of an image.
+
+    Args:
+        inputs: whose base says how long texts may be, or how large images are.
+        config: the options.
+    """
     layout = inputs.base.layout
     text: Any = layout.config.get_text_config()
     length = min(config.max_length, int(getattr(text, "max_position_embeddings", None) or config.max_length))
@@ -61,6 +67,14 @@ def _activation_bytes(inputs: Inputs, config: LearnedConfig, rows: OpenedData) -
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if isinstance(size, int) and isinstance(patch, int):
         length = (size // patch) ** 2 + 1
+    return length
+
+
+def _activation_bytes(inputs: Inputs, config: LearnedConfig, rows: OpenedData) -> int:
+    """Bytes that are kept of a minibatch until the backward pass, with rows as long as they may be."""
+    layout = inputs.base.layout
+    text: Any = layout.config.get_text_config()
+    length = longest_row(inputs, config)
     blocks = find_blocks(layout.model)
     inside = tuple(f"{block}." for block in blocks)
     each = outputs(inputs.base, [name for name in layout.names if name.startswith(inside)])

@@ -127,8 +127,8 @@ class FDAConfig(MethodConfig):
             if isinstance(value, str) and value != "base":
                 value = method_class(value)()
                 object.__setattr__(self, role, value)
-            if isinstance(value, FDAConfig):
-                raise InputError(f"method 'fda': {role} must be 'base' or a parameter-space method")
+            if isinstance(value, FDAConfig) or (isinstance(value, MethodConfig) and value.data == "must"):
+                raise InputError(f"method 'fda': {role} must be 'base' or a method that looks at weights alone")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> FDAConfig:

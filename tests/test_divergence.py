@@ -128,6 +128,18 @@ def test_a_bucket_that_is_nearly_empty_has_the_right_gradient(measure: Measure) 
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-7)
 
 
+def test_comparing_some_positions_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q = pair()
+    found = []
+    for piece in (1 << 22, 20):
+        monkeypatch.setattr("hf_fda.divergence.measures.PIECE", piece)
+        logits = q.clone().requires_grad_(True)
+        value = divergence("jensen-shannon", "labels", logits, Target(p))
+        found.append((value.detach(), torch.autograd.grad((value * value.detach()).sum(), logits)[0]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_entropy_of_certain_and_of_even_answers() -> None:
     torch.testing.assert_close(entropy("labels", torch.zeros(2, 5)), torch.full((2,), math.log(5)))
     assert float(entropy("labels", torch.tensor([[900.0, 0, 0]]))) == 0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_fda.data.rows import TaskRows
 from hf_fda.divergence.coefficients import MergedParameters
+from hf_fda.divergence.footprint import held_bytes
 from hf_fda.divergence.learning import LearningTask
 from hf_fda.divergence.objectives import Divergence, Objective
 from hf_fda.divergence.task_models import logits_of, source_model, task_model
@@ -225,3 +226,23 @@ def test_gradients_of_parameters_are_dropped_one_by_one(classifiers: Any, monkey
     _loss(family.tasks(parameters)[0], 0, objective).backward()
     assert len(held) > len(family.names) / 2
     assert set(held) == {0}
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "disk"])
+@pytest.mark.parametrize("kind", ["dense", "plain", "modules_to_save"])
+def test_what_is_held_is_what_is_told_beforehand(tmp_path: Path, kind: str, form: Any) -> None:
+    base = make_base("llama").bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    if kind == "dense":
+        sources: dict[str, Any] = {"one": fine_tune(base, 1), "two": fine_tune(base, 2)}
+    else:
+        folders = [save(make_base("llama"), KINDS[kind]("llama"), tmp_path / f"a{seed}", seed) for seed in (1, 2)]
+        sources = {folder.name: folder for folder in folders}
+    family = Family(tmp_path / "base", sources, "tokens")
+    parameters = family.parameters(form=form)
+    held = [*parameters.tensors.values(), *parameters._origins.values()]
+    for part in (part for parts in parameters._parts.values() for part in parts):
+        held += [part.tasks.stacked] if isinstance(part.tasks, Dense) else []
+        held += [side for own in getattr(part.tasks, "factors", []) for side in (own.left, own.right)]
+    told = held_bytes(family.inputs.base, family.inputs.weighted, family.names, form)
+    assert sum(tensor.nbytes for tensor in held) == told

@@ -28,7 +28,8 @@ class Plan:
     `units` are what function-space methods merge one by one; `shards` the weight files that will be written, or
     `adapter` the adapter; `ranks` of the thin factors that adaptation steps on, by the base's names of tensors;
     `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `time`
-    is how long it will take, where that was asked for; `notes` say what a user may not expect.
+    is how long it will take, where that was asked for; `notes` say what a user may not expect; `data` are the rows of
+    every task that the method looks at.
     """
 
     inputs: Inputs
@@ -48,6 +49,7 @@ class Plan:
     adapter: AdapterPlan | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     time: Prediction | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from hf_fda.data.rows import TaskRows
 from hf_fda.plans import Plan
 from hf_fda.processes import Team
 from hf_fda.progress import Progress
@@ -30,6 +31,7 @@ class Run:
     vectors: TaskVectors
     team: Team
     progress: Progress
+    _rows: dict[str, TaskRows] = field(default_factory=dict)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -39,6 +41,18 @@ class Run:
         found = {"": inputs.base.fingerprint(), **named}
         rows = inputs.vocabulary.fingerprint
         return found | {ROWS: rows} if rows else found
+
+    def rows(self, task: str) -> TaskRows:
+        """The rows of data of one task, as its model takes them."""
+        if task not in self._rows:
+            self._rows[task] = self.plan.data[task].encode()
+        return self._rows[task]
+
+    @cached_property
+    def data_prints(self) -> dict[str, str]:
+        """A hash of every task's rows of data; all processes ask for it."""
+        tasks = list(self.plan.data)
+        return dict(zip(tasks, self.team.map(lambda task: self.rows(task).fingerprint, tasks), strict=True))
 
     def finished(self, pieces: Sequence[Piece]) -> list[bool]:
         """Which pieces an earlier run finished."""

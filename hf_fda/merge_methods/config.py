@@ -31,6 +31,7 @@ def option(
 
 Scope = Literal["entry", "tensor", "matrix"]
 Trim = Literal["tensor", "global"]
+LooksAt = Literal["never", "may", "must"]
 
 
 def trim_option() -> Any:
@@ -61,6 +62,8 @@ class MethodConfig:
     rotates: ClassVar[bool] = False
     """Merging matrices in other orthonormal bases is the same as merging them and changing the bases then, and of the
     base only the shape counts. Thin task vectors are merged in the bases of what they span."""
+    data: ClassVar[LooksAt] = "never"
+    """Whether the method looks at rows of data of every task."""
     min_sources: ClassVar[int] = 1
     """How many sources there must be at least."""
     max_sources: ClassVar[int | None] = None

@@ -71,7 +71,7 @@ def write_record(plan: Plan, store: Store, report: AdapterReport | None = None) 
 
 def clean(store: Store) -> None:
     """Remove the work in progress of a merge that is finished."""
-    for name in ("staged", "blocks", "counts", "partial"):
+    for name in ("staged", "blocks", "counts", "states", "partial"):
         shutil.rmtree(store.work / name, ignore_errors=True)
     shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
 
@@ -109,7 +109,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "licences": {name: _licences(checkpoint) for name, checkpoint in checkpoints.items()},
         "models": [pinned(own.id, own.commit) for one in checkpoints.values() for own in one.origins],
         "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
-        "anchors": [source.name for source in plan.inputs.sources if plan.units and source.anchors is None],
+        "anchors": [source.name for source in plan.anchors_made],
     }
 
 

@@ -62,7 +62,8 @@ class UnitCall:
             return self
         leaves, tree = tree_flatten(self.arguments)
         chosen = [
-            leaf[rows] if batched and len(leaf) > 1 else leaf for leaf, batched in zip(leaves, self.batched, strict=True)
+            leaf[rows] if batched and len(leaf) > 1 else leaf
+            for leaf, batched in zip(leaves, self.batched, strict=True)
         ]
         return dataclasses.replace(self, arguments=tree_unflatten(chosen, tree))
 

@@ -53,16 +53,16 @@ def save_states(path: Path, states: Mapping[str, UnitStates]) -> str:
                 "batched": own.call.batched,
             }
         )
-    inputs = {f"{name}.inputs": own.inputs.values[:-1] for name, own in states.items()}
-    real = {f"{name}.real": own.inputs.real for name, own in states.items()}
-    return save_tensors(path, {name: tensor.cpu() for name, tensor in (inputs | real | shelf.tensors).items()}, described)
+    tensors = {f"{name}.inputs": own.inputs.values[:-1] for name, own in states.items()}
+    tensors |= {f"{name}.real": own.inputs.real for name, own in states.items()} | shelf.tensors
+    return save_tensors(path, {name: tensor.cpu() for name, tensor in tensors.items()}, described)
 
 
 def _described(unit: str, leaf: Any, shelf: _Shelf) -> dict[str, Any]:
     if isinstance(leaf, Tensor):
         return {"tensor": shelf.put(leaf), "shape": list(leaf.shape)}
     if not isinstance(leaf, PLAIN):
-        raise RunError(f"unit '{unit}' is called with a {type(leaf).__name__}, which cannot be kept; merge it without data")
+        raise RunError(f"unit '{unit}' is called with a {type(leaf).__name__}; merge it without data")
     return {"value": leaf}
 
 
@@ -82,7 +82,9 @@ def _read_part(path: Path, unit: str) -> UnitStates:
     def read(name: str) -> Tensor:
         return read_tensor(path, entries[name])
 
-    leaves = [read(leaf["tensor"]).expand(leaf["shape"]) if "tensor" in leaf else leaf["value"] for leaf in facts["leaves"]]
+    leaves = [
+        read(leaf["tensor"]).expand(leaf["shape"]) if "tensor" in leaf else leaf["value"] for leaf in facts["leaves"]
+    ]
     arguments = tree_unflatten(leaves, treespec_loads(facts["tree"]))
     values, real = read(f"{unit}.inputs"), read(f"{unit}.real")
     size, tokens = values.shape[-1], real.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -77,10 +78,8 @@ class StatesRecorder:
         if "use_cache" in self.takes:
             given["use_cache"] = False
         self.seen.clear()
-        try:
+        with suppress(_AllSeen):
             self.body(**given)
-        except _AllSeen:
-            pass
         missed = [name for name in self.units if name not in self.seen]
         if missed:
             raise RunError(f"unit '{missed[0]}' does not run on rows of task '{rows.task}'; merge it without data")
@@ -107,9 +106,7 @@ def companions(rows: TaskRows, count: int) -> list[int]:
     sizes = {name: [row[name].shape for row in rows.inputs] for name in rows.inputs[0]}
     numbers = range(len(rows))
     lengths = {max(shape[d] for shape in shapes) for shapes in sizes.values() for d in range(len(shapes[0]))}
-    extra = {
-        max(numbers, key=lambda row: shapes[row][d]) for shapes in sizes.values() for d in range(len(shapes[0]))
-    }
+    extra = {max(numbers, key=lambda row: shapes[row][d]) for shapes in sizes.values() for d in range(len(shapes[0]))}
     extra |= {min(numbers, key=rows.length)}
     found = sorted(extra)
     while count + len(found) == 1 or count + len(found) in lengths:
@@ -149,9 +146,7 @@ def _real(given: Mapping[str, Tensor], side: str, rows: TaskRows, numbers: Seque
     return real if mask is None else real & (mask != 0)
 
 
-def _states(
-    name: str, seen: tuple[Any, Any], real: Tensor | None, count: int, shared: dict[int, Tensor]
-) -> UnitStates:
+def _states(name: str, seen: tuple[Any, Any], real: Tensor | None, count: int, shared: dict[int, Tensor]) -> UnitStates:
     """One unit's call as it is kept.
 
     Args:

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from hf_fda.data.request import said_on_command_line
 from hf_fda.errors import InputError, nearest
 
 SETTINGS = (
     *("as_adapter", "rank", "energy", "device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code"),
     *("tokenizer", "chat_template", "pad_to_multiple_of"),
 )
-CONFIG_KEYS = ("base", "sources", "method", "options", "anchors", "tokens", *SETTINGS)
+CONFIG_KEYS = ("base", "sources", "method", "options", "data", "anchors", "tokens", *SETTINGS)
 
 
 def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
@@ -27,6 +28,8 @@ def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]])
         given["sources"] = _named(arguments.source)
     if arguments.anchors:
         given["anchors"] = dict(_split(item, "--anchors") for item in arguments.anchors)
+    if arguments.data or arguments.columns or arguments.split:
+        given["data"] = said_on_command_line(arguments.data or (), arguments.columns or (), arguments.split or ())
     for name in ("base", "sources"):
         if name not in given:
             raise InputError(f"no {name}: pass a configuration file, or --base and --source")
@@ -39,7 +42,7 @@ def document_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str
     Raises:
         InputError: when the command line says some of the rest too.
     """
-    said = [name for name in ("base", "source", "method", "anchors") if getattr(arguments, name)]
+    said = [name for name in ("base", "source", "method", "data", "anchors") if getattr(arguments, name)]
     said += [name for name, _ in loose]
     if said:
         raise InputError(f"--{said[0].replace('_', '-')}: {arguments.config} says that itself; change it there")

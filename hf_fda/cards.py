@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
+from hf_fda.coefficients import HEAT_MAP, can_draw
 from hf_fda.version import versions
 
 if TYPE_CHECKING:
     from hf_fda.adapters.report import AdapterReport
     from hf_fda.anchors.container import AnchorsInfo
+    from hf_fda.coefficients import Coefficients
 
 
 STATED = ("tokenizer", "pad_to_multiple_of")
@@ -35,13 +37,19 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], report: AdapterReport | None = None) -> str:
+def model_card(
+    arguments: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    report: AdapterReport | None = None,
+    coefficients: Coefficients | None = None,
+) -> str:
     """The card of a merged model or adapter.
 
     Args:
         arguments: the merge as `merge_config.yaml` records it.
         facts: model class, heads, licences, notes: what the plan knows.
         report: of a merged adapter, what its factors leave out.
+        coefficients: those that the merge learnt.
     """
     licences: Mapping[str, Sequence[str]] = facts["licences"]
     each = {name if n == 0 else f"{name} ({n + 1})": own for name, all in licences.items() for n, own in enumerate(all)}
@@ -73,6 +81,8 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], report: A
         settings={name: _words(value) for name, value in settings.items()},
         facts={**facts, "licences": {name: " and ".join(own) for name, own in licences.items()}},
         report=report,
+        coefficients=coefficients,
+        heat_map=HEAT_MAP if can_draw() else None,
         licence_line=licence_line,
     )
 

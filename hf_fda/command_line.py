@@ -62,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--base", help="folder or Hub id (org/name, org/name@revision)")
         command.add_argument("--source", action="append", metavar="[TASK=]S", help="a fine-tune of the base; repeat")
         command.add_argument("--method", help="merge method (default fda); see hf-fda methods")
+        command.add_argument(
+            "--data", action="append", metavar="TASK=ROWS", help="a task's rows: a file or Hub dataset"
+        )
+        command.add_argument(
+            "--columns", action="append", metavar="TASK=A[,B]", help="its text, or both texts of a pair"
+        )
+        command.add_argument("--split", action="append", metavar="TASK=SPLIT", help="of its dataset")
         command.add_argument("--output", required=name == "merge", default=None, help="the folder to write")
         command.add_argument("--anchors", action="append", metavar="TASK=DIR", help="anchors made earlier for a source")
         command.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter, not a full checkpoint")

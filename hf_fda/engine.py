@@ -8,7 +8,9 @@ from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.anchor_preparation import AnchorPreparation
 from hf_fda.assembly import Assembly, CheckpointAssembly
 from hf_fda.errors import InputError, RunError
+from hf_fda.learned_preparation import LearnedPreparation
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.plans import Plan
 from hf_fda.preparation import Preparation
 from hf_fda.processes import Team, together
@@ -63,6 +65,8 @@ def preparation_of(run: Run) -> Preparation:
     """What a plan's method does before tensors are written."""
     if isinstance(run.plan.config, FDAConfig):
         return AnchorPreparation(run)
+    if isinstance(run.plan.config, LearnedConfig):
+        return LearnedPreparation(run)
     if trims_globally(run.plan.config):
         return GlobalTrim(run)
     return Preparation(run)
@@ -92,8 +96,12 @@ def _facts(run: Run) -> dict[str, str]:
     weights = {_what(name): found for name, found in run.fingerprints.items()}
     targets = () if plan.adapter is None else plan.adapter.targets
     work = [unit.name for unit in plan.units], [shard.file for shard in plan.shards], [t.name for t in targets]
-    return {"the arguments": key_of(plan.arguments), **weights, "the work to do": key_of(work)} | {
-        "versions": key_of(versions())
+    return {
+        "the arguments": key_of(plan.arguments),
+        **weights,
+        "the work to do": key_of(work),
+        "the rows of data": key_of(run.data_prints),
+        "versions": key_of(versions()),
     }
 
 

@@ -14,17 +14,20 @@ from hf_fda.adapters.targets import adapted_ranks, plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
+from hf_fda.data.opening import OpenedData, open_data
+from hf_fda.data.request import Reading
 from hf_fda.errors import InputError
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
+from hf_fda.merge_methods.looking import RowsConfig
 from hf_fda.notes import notes_of
 from hf_fda.plans import Plan
 from hf_fda.prediction import predict
 from hf_fda.provenance import Described, record
 from hf_fda.recipes import Output, decide, out_dtype
-from hf_fda.refusals import check_apart, check_moves, check_ties, check_trim, check_vocabulary
+from hf_fda.refusals import check_apart, check_moves, check_ties, check_trim, check_vocabulary, check_wants_data
 from hf_fda.settings import Settings
 
 
@@ -62,7 +65,10 @@ def plan(
         method: a registered name (`hf_fda.methods()`) or a config object.
         output: the folder to write. It must be new, empty, or of an earlier merge.
         as_adapter: write a PEFT adapter instead of a full checkpoint.
-        data: examples by task name, for methods that look at data.
+        data: rows by task name, for methods that look at data; labels are not used. Of each task a `datasets.Dataset`,
+            a list of texts or of rows, a `DataLoader`, a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a
+            Hub dataset ("org/name", "org/name:config@revision"), or a mapping with `path` and any of `name`, `split`,
+            `revision`, `columns`, `prompt`, `target`, `rows` and `max_length`.
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights: "float32", "bfloat16", "float16", "float64", or "auto" for the base's.
             The computation is in float32 where that is precise enough for one source of weight 1 to come out as it
@@ -93,13 +99,13 @@ def plan(
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
     given = resolve_method(method, options)
-    if data is not None:
-        raise InputError(f"data: method '{given.name}' merges from weights alone; leave it out")
+    check_wants_data(given, data)
     settings = Settings.checked(output, device, dtype, seed, heads, max_shard_bytes, as_adapter, rank, energy)
     inputs = open_inputs(
         base, sources, anchors, trust_remote_code, tokenizer, tokens, chat_template, pad_to_multiple_of
     )
-    checked = make_plan(inputs, given, settings)
+    rows = {} if data is None else open_rows(data, inputs, given, settings.seed, trust_remote_code)
+    checked = make_plan(inputs, given, settings, rows=rows)
     return checked if processes is None else replace(checked, time=predict(checked, processes))
 
 
@@ -108,6 +114,7 @@ def make_plan(
     given: MethodConfig,
     settings: Settings,
     described: Described | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> Plan:
     """Check a merge of what is open.
 
@@ -116,6 +123,7 @@ def make_plan(
         given: the merge method.
         settings: where and how it is written.
         described: what the configuration says that the merge was read from.
+        rows: of data, for every task that the method looks at.
 
     Raises:
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
@@ -148,7 +156,7 @@ def make_plan(
         device=settings.device,
         seed=settings.seed,
         heads=settings.heads,
-        arguments=record(inputs, config, settings, described),
+        arguments=record(inputs, config, settings, described, rows),
         peak_memory_bytes=peak_memory_bytes(
             inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks
         ),
@@ -156,7 +164,27 @@ def make_plan(
         notes=tuple(notes_of(inputs, config, result, adapter, ranks)),
         adapter=adapter,
         ranks=ranks,
+        data=rows or {},
     )
+
+
+def open_rows(
+    data: Any, inputs: Inputs, config: MethodConfig, seed: int, trust_remote_code: bool = False
+) -> dict[str, OpenedData]:
+    """The rows of data that a method looks at, checked, by task.
+
+    Args:
+        data: as a user gives it, by task.
+        inputs: base and sources.
+        config: of a method that looks at data.
+        seed: of the choice of rows.
+        trust_remote_code: run code that comes with a tokenizer.
+
+    Raises:
+        InputError: naming the task whose data cannot be used, and the way out.
+    """
+    assert isinstance(config, RowsConfig)
+    return open_data(data, inputs, Reading(config.rows, config.max_length, seed, trust_remote_code))
 
 
 def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodConfig:

@@ -14,6 +14,7 @@ from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.writer import Shard
+from hf_fda.data.opening import OpenedData
 from hf_fda.estimate import adapter_bytes
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
@@ -49,7 +50,7 @@ class Plan:
     adapter: AdapterPlan | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     time: Prediction | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, OpenedData] = field(default_factory=dict)
 
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:
@@ -88,6 +89,7 @@ class Plan:
             kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
             what = "anchors only" if source.weights is None else _kind(source.weights.checkpoint)
             lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
+        lines += [f"  data      {task}: {rows.summary}" for task, rows in self.data.items()]
         if self.inputs.vocabulary.summary is not None:
             lines.append(f"  tokens    {self.inputs.vocabulary.summary}")
         stated = {**self.config.options(), **self.arguments["options"]}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.settings import Settings
@@ -25,7 +26,11 @@ class Described:
 
 
 def record(
-    inputs: Inputs, config: MethodConfig, settings: Settings, described: Described | None = None
+    inputs: Inputs,
+    config: MethodConfig,
+    settings: Settings,
+    described: Described | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> dict[str, Any]:
     """The merge as plain values: the content of `merge_config.yaml`.
 
@@ -34,6 +39,7 @@ def record(
         config: the merge method, complete.
         settings: where and how it is written.
         described: what the configuration says that it was read from.
+        rows: of data, by task.
     """
     budget = settings.budget
     record: dict[str, Any] = {
@@ -56,6 +62,8 @@ def record(
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
     if given:
         record["anchors"] = given
+    if rows:
+        record["data"] = {task: dict(opened.record) for task, opened in rows.items()}
     record |= inputs.asked
     if described is not None:
         record["options"] |= dict.fromkeys(described.varying, "differs by tensor, see merge_config.yaml")

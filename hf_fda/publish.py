@@ -16,8 +16,10 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.location import INDEX, Location
 from hf_fda.checkpoint.writer import save_tensors, shard_index
+from hf_fda.coefficients import COEFFICIENTS, HEAT_MAP, Coefficients, can_draw, draw
 from hf_fda.heads import TaskHead
 from hf_fda.inputs import Inputs
+from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.plans import Plan
 from hf_fda.provenance import pinned
 from hf_fda.store import WORK, Store
@@ -66,12 +68,26 @@ def write_record(plan: Plan, store: Store, report: AdapterReport | None = None) 
         report: of a merged adapter, what its factors leave out.
     """
     store.write_text("merge_config.yaml", merge_yaml(plan))
-    store.write_text("README.md", model_card(plan.arguments, card_facts(plan), report))
+    coefficients = _draw_coefficients(plan, store)
+    store.write_text("README.md", model_card(plan.arguments, card_facts(plan), report, coefficients))
+
+
+def _draw_coefficients(plan: Plan, store: Store) -> Coefficients | None:
+    """The coefficients that the merge learnt, drawn where that can be done; None, and nothing of an earlier merge left,
+    where it learnt none."""
+    if not isinstance(plan.config, LearnedConfig):
+        store.remove(COEFFICIENTS)
+        store.remove(HEAT_MAP)
+        return None
+    found = Coefficients.read(plan.output / COEFFICIENTS)
+    if can_draw():
+        store.write_plainly(HEAT_MAP, lambda path: draw(found, path))
+    return found
 
 
 def clean(store: Store) -> None:
     """Remove the work in progress of a merge that is finished."""
-    for name in ("staged", "blocks", "counts", "states", "partial"):
+    for name in ("staged", "blocks", "counts", "outputs", "states", "partial"):
         shutil.rmtree(store.work / name, ignore_errors=True)
     shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
 
@@ -109,6 +125,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "licences": {name: _licences(checkpoint) for name, checkpoint in checkpoints.items()},
         "models": [pinned(own.id, own.commit) for one in checkpoints.values() for own in one.origins],
         "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
+        "data": {task: rows.summary for task, rows in plan.data.items()},
         "anchors": [source.name for source in plan.anchors_made],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.checkpoint.alignment import AlignedSource
@@ -85,6 +86,17 @@ def check_apart(output: Path, inputs: Inputs) -> None:
         location = checkpoint.location
         if location is not None and location.folder is not None and location.folder.resolve() == output.resolve():
             raise InputError(f"output '{output}' is {name} itself; choose another folder")
+
+
+def check_wants_data(config: MethodConfig, data: Any) -> None:
+    """Refuse data that a method does not look at, and a method that looks at data without any."""
+    if data is not None and config.data == "never":
+        raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
+    if data is None and config.data == "must":
+        raise InputError(
+            f"method '{config.name}' looks at unlabelled rows of every task: data={{'task': 'rows.jsonl'}} "
+            "(--data task=rows.jsonl); without any, 'fda' is the method"
+        )
 
 
 def check_trim(config: MethodConfig, settings: Settings, described: Described | None) -> None:

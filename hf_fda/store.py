@@ -138,12 +138,16 @@ class Store:
 
     def write_text(self, name: str, text: str) -> Path:
         """Make one text file, whole or not at all; it is not recorded."""
+        return self.write_plainly(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_plainly(self, name: str, writer: Callable[[Path], object]) -> Path:
+        """Make one file, whole or not at all, that is not recorded: `writer` fills a temporary one."""
         path = self.folder / name
         temporary = self._partial(name)
         with self._disk_errors(path):
             for parent in (path.parent, temporary.parent):
                 parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
+            writer(temporary)
             os.replace(temporary, path)
         return path
 

@@ -90,13 +90,22 @@ def model_class_of(
     raise InputError(f"{id}: transformers {transformers.__version__} has no class '{architecture}'; {way_out}")
 
 
-def meta_model(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+def meta_model(
+    config: PretrainedConfig, model_class: type[PreTrainedModel], attention: str | None = "eager"
+) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real: no weights, half a second for 80 layers.
 
     Attention and experts are the eager implementations: the others have no second derivative on every device.
+
+    Args:
+        config: its configuration.
+        model_class: its class.
+        attention: another implementation of attention; None: the one that `from_pretrained` chooses.
     """
     config = copy.deepcopy(config)
-    kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    kwargs: dict[str, Any] = {"dtype": torch.float32}
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
     if model_class._can_set_experts_implementation():
         kwargs["experts_implementation"] = "eager"
     with init_empty_weights(include_buffers=False), no_init_weights():

@@ -2,11 +2,13 @@
 
 from hf_fda.merge_methods import (  # noqa: F401  (each registers itself)
     ace,
+    adamerging,
     arcee_fusion,
     breadcrumbs,
     cat,
     dare,
     della,
+    divmerge,
     fda,
     iso_cts,
     isotropic,

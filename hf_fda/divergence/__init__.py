@@ -1,0 +1,1 @@
+"""Coefficients of task vectors learnt from unlabelled rows: DivMerge and AdaMerging."""

@@ -1,0 +1,154 @@
+"""The merged model as a function of its coefficients, and their gradient from one backward pass.
+
+``theta(Gamma)_p = theta_0,p + sum_t Gamma[t, g(p)] tau_t,p`` for every tensor p, so the derivative for Gamma[t, g] is
+``sum over p in g of <grad_p, tau_t,p>``. A gradient of a tensor is therefore needed only until its K inner products are
+taken: that is done as soon as the backward pass has it, and it is dropped at once. (Of a tensor that is used twice, as
+tied embeddings are, the backward pass holds the gradient of its first use until it has that of the other.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.divergence.groups import group
+from hf_fda.divergence.task_tensors import Dense, Stored, TaskTensors, Thin
+from hf_fda.merge_methods.learned import Granularity, TaskVectorForm
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The task vectors of one tensor that are held in one form, and the numbers of the sources that they are of."""
+
+    members: Tensor
+    tasks: TaskTensors
+
+
+class MergedParameters:
+    """The merged tensors, which models share, and the gradient of their coefficients.
+
+    Held are the merged tensors and, unless the form is "disk", the base's in the type they are stored in and the task
+    vectors (those of adapters as thin factors, in every form).
+
+    Args:
+        base: theta_0.
+        sources: K sources.
+        names: the base's names of the tensors to merge; a tensor of whole numbers stays the base's.
+        granularity: which tensors share a coefficient.
+        start: coefficients to start from: one number, or what broadcasts to (K, G).
+        form: how dense task vectors are held.
+        device: where to hold and compute.
+        dtype: type of the merged tensors.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        sources: Sequence[AlignedSource],
+        names: Sequence[str],
+        granularity: Granularity = "block",
+        start: float | Tensor = 0.3,
+        form: TaskVectorForm = "float32",
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.base, self.sources, self.form, self.dtype = base, tuple(sources), form, dtype
+        self.device = device or torch.device("cpu")
+        self._parts: dict[str, list[_Part]] = {}
+        self._origins: dict[str, Tensor] = {}
+        self.tensors: dict[str, nn.Parameter] = {}
+        """The merged tensors by the base's names; those that no source moves need no gradient."""
+        for name in names:
+            self._hold(name)
+        self.groups = group(base.layout, [name for name in names if self._parts[name]], granularity)
+        for name in self.groups.of:
+            self.tensors[name].requires_grad_(True).register_post_accumulate_grad_hook(self._consumer(name))
+        self._gradient = torch.zeros(len(self.groups), len(self.sources), dtype=torch.float64, device=self.device)
+        shape = (len(self.sources), len(self.groups))
+        self.coefficients = torch.as_tensor(start, dtype=torch.float64).expand(shape).clone()
+        self.put(self.coefficients)
+
+    def _hold(self, name: str) -> None:
+        stored = self.base.read(name).to(self.device)
+        floating = stored.is_floating_point()
+        origin = stored.to(self.dtype if floating else stored.dtype)
+        self._parts[name] = self._held_parts(name, origin) if floating else []
+        self.tensors[name] = nn.Parameter(origin.clone(), requires_grad=False)
+        if self._parts[name] and self.form != "disk":
+            self._origins[name] = stored
+
+    def _held_parts(self, name: str, origin: Tensor) -> list[_Part]:
+        thin, thin_members = [], []
+        dense, dense_members = [], []
+        for number, source in enumerate(self.sources):
+            if not source.may_move(name):
+                continue
+            factors = source.factors(name)
+            if factors is not None and factors.left.numel() + factors.right.numel() < origin.numel():
+                thin.append(factors.to(self.device, self.dtype))
+                thin_members.append(number)
+                continue
+            task = source.task(name, origin)
+            if bool(task.any()):
+                dense.append(self._compact(task))
+                dense_members.append(number)
+        parts = []
+        if thin:
+            parts.append(_Part(torch.tensor(thin_members, device=self.device), Thin(thin)))
+        if dense:
+            tasks: TaskTensors = Dense(torch.stack(dense)) if self.form != "disk" else self._stored(name, dense_members)
+            parts.append(_Part(torch.tensor(dense_members, device=self.device), tasks))
+        return parts
+
+    def _compact(self, task: Tensor) -> Tensor:
+        """A task vector as it is kept; of one that is not, nothing."""
+        if self.form == "disk":
+            return task.new_empty(0)
+        return task.flatten().to(torch.bfloat16 if self.form == "bfloat16" else self.dtype)
+
+    def _stored(self, name: str, members: Sequence[int]) -> Stored:
+        def read() -> Iterator[Tensor]:
+            origin = self.base.read(name).to(self.device, self.dtype)
+            for number in members:
+                yield self.sources[number].task(name, origin)
+
+        return Stored(read)
+
+    @torch.no_grad()
+    def put(self, coefficients: Tensor) -> None:
+        """Bring the merged tensors to other coefficients, in place.
+
+        Args:
+            coefficients: (K, G).
+        """
+        self.coefficients = coefficients.detach().to("cpu", torch.float64, copy=True)
+        by_group = self.coefficients.mT.to(self.device, self.dtype)
+        for name, number in self.groups.of.items():
+            value = self.tensors[name].data
+            value.copy_(self._origins[name] if name in self._origins else self.base.read(name))
+            for part in self._parts[name]:
+                part.tasks.add_to(value, by_group[number, part.members])
+
+    def _consumer(self, name: str) -> Callable[[Tensor], None]:
+        number, parts = self.groups.of[name], self._parts[name]
+
+        def consume(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            parameter.grad = None
+            for part in parts:
+                products = part.tasks.products(gradient.contiguous())
+                self._gradient[number].index_add_(0, part.members, products.to(self._gradient.dtype))
+
+        return consume
+
+    def take_gradient(self) -> Tensor:
+        """The gradient of the coefficients (K, G) that backward passes have left since the last call, on the CPU."""
+        taken = self._gradient.mT.contiguous().to("cpu", copy=True)
+        self._gradient.zero_()
+        return taken

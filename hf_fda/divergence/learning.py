@@ -1,0 +1,258 @@
+"""Learning the coefficients: Adam on K x G numbers, by minibatches of unlabelled rows, stopped on rows held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_fda.data.rows import TaskRows
+from hf_fda.divergence.coefficients import MergedParameters
+from hf_fda.divergence.objectives import Objective
+from hf_fda.divergence.task_models import logits_of
+from hf_fda.errors import InputError, RunError
+from hf_fda.merge_methods.learned import Order
+from hf_fda.randomness import random_stream
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How coefficients are learnt.
+
+    Args:
+        steps: steps of Adam at most.
+        learning_rate: its step size, in units of a coefficient.
+        batch_size: rows of a task in a minibatch.
+        order: a step sees a minibatch of every task ("mixed"), or of one task in turn ("turn").
+        bounds: keep coefficients between these two; None: any are allowed.
+        held_out: fraction of each task's rows that are not learnt from, by which the best coefficients are told; 0: the
+            last coefficients are the result.
+        every: steps between two looks at the rows held out.
+        patience: looks without an improvement after which to stop.
+        task_weights: a factor of each task's objective; None: one.
+    """
+
+    steps: int = 300
+    learning_rate: float = 1e-2
+    batch_size: int = 16
+    order: Order = "mixed"
+    bounds: tuple[float, float] | None = None
+    held_out: float = 0.2
+    every: int = 20
+    patience: int = 5
+    task_weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LearningTask:
+    """A task to learn on: its rows, and its model on the shared merged tensors."""
+
+    name: str
+    rows: TaskRows
+    model: PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen on the rows held out after some steps: the objective of each task."""
+
+    step: int
+    objective: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Learnt coefficients.
+
+    Args:
+        tasks: K names, in the order of the coefficients' rows.
+        groups: G names, in the order of their columns.
+        coefficients: (K, G), float64 on the CPU.
+        history: what was seen on the rows held out (on all rows, where none are), from step 0 on.
+        best: the step of the coefficients that were kept.
+        steps: steps taken.
+    """
+
+    tasks: tuple[str, ...]
+    groups: tuple[str, ...]
+    coefficients: Tensor
+    history: tuple[Look, ...]
+    best: int
+    steps: int
+
+    @property
+    def before(self) -> tuple[float, ...]:
+        """The objective of each task at the start."""
+        return self.history[0].objective
+
+    @property
+    def after(self) -> tuple[float, ...]:
+        """The objective of each task at the coefficients that were kept."""
+        return next(look.objective for look in self.history if look.step == self.best)
+
+
+Report = Callable[[int, float], None]
+
+
+def learn(
+    parameters: MergedParameters,
+    tasks: Sequence[LearningTask],
+    objective: Objective,
+    settings: Learning,
+    seed: int = 0,
+    report: Report = lambda step, value: None,
+) -> Learned:
+    """Learn the coefficients of merged parameters, from where these are; they end at the result.
+
+    The sum over tasks of the mean over a task's rows (of language models: over its scored positions) is minimised. The
+    same seed gives the same coefficients.
+
+    Args:
+        parameters: what is learnt.
+        tasks: what to learn on, in the order of the sources; tasks of sources without rows may be left out.
+        objective: what to minimise.
+        settings: how.
+        seed: of the rows held out and of the minibatches.
+        report: called with (step, objective on the rows held out, summed over tasks) at every look.
+
+    Raises:
+        InputError: when a task has too few rows.
+        RunError: when the objective becomes infinite or not a number.
+    """
+    factors = settings.task_weights or (1.0,) * len(tasks)
+    splits = [split(task.rows, settings.held_out, seed) for task in tasks]
+    streams = [
+        minibatches(learnt, settings.batch_size, random_stream(seed, "minibatches", task.name))
+        for task, (learnt, _) in zip(tasks, splits, strict=True)
+    ]
+    coefficients = _within(parameters.coefficients.clone(), settings.bounds)
+    parameters.put(coefficients)
+    adam = torch.optim.Adam([coefficients], lr=settings.learning_rate)
+    watch = _Watch(lambda: _objectives(parameters, tasks, objective, splits, settings.batch_size), factors, report)
+    watch.look(0, coefficients)
+    step = 0
+    for step in range(1, settings.steps + 1):
+        seen = range(len(tasks)) if settings.order == "mixed" else [(step - 1) % len(tasks)]
+        for number in seen:
+            _backward(parameters, tasks[number], objective, number, next(streams[number]), factors[number])
+        coefficients.grad = parameters.take_gradient()
+        if not bool(coefficients.grad.isfinite().all()):
+            raise RunError(f"the gradient of the coefficients is not finite at step {step}; try a smaller step size")
+        adam.step()
+        _within(coefficients, settings.bounds)
+        parameters.put(coefficients)
+        if step % settings.every == 0 or step == settings.steps:
+            watch.look(step, coefficients)
+            if settings.held_out and watch.since_best >= settings.patience:
+                break
+    if settings.held_out:
+        parameters.put(watch.best)
+    names = tuple(source.name for source in parameters.sources)
+    best = watch.best_step if settings.held_out else step
+    return Learned(names, parameters.groups.names, parameters.coefficients, tuple(watch.history), best, step)
+
+
+class _Watch:
+    """The history of the objective, and the best coefficients so far."""
+
+    def __init__(self, measure: Callable[[], list[float]], factors: Sequence[float], report: Report) -> None:
+        self.measure, self.factors, self.report = measure, factors, report
+        self.history: list[Look] = []
+        self.best_value, self.best_step, self.since_best = math.inf, 0, 0
+
+    def look(self, step: int, coefficients: Tensor) -> None:
+        """Measure, and remember.
+
+        Raises:
+            RunError: when what is measured is not finite.
+        """
+        found = self.measure()
+        value = sum(factor * own for factor, own in zip(self.factors, found, strict=True))
+        if not math.isfinite(value):
+            raise RunError(f"the objective is {value} after {step} steps; try a smaller step size, or bounds")
+        self.history.append(Look(step, tuple(found)))
+        self.since_best += 1
+        if value < self.best_value:
+            self.best_value, self.best_step, self.since_best = value, step, 0
+            self.best = coefficients.clone()
+        self.report(step, value)
+
+
+def _within(coefficients: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    return coefficients if bounds is None else coefficients.clamp_(*bounds)
+
+
+def split(rows: TaskRows, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """The numbers of the rows to learn from and of those held out (where none are: of all).
+
+    Args:
+        rows: a task's.
+        held_out: fraction to hold out; at least one row where it is above zero.
+        seed: of the choice.
+
+    Raises:
+        InputError: when no row is left to learn from.
+    """
+    order = torch.randperm(len(rows), generator=random_stream(seed, "held out", rows.task)).tolist()
+    count = max(round(held_out * len(rows)), 1) if held_out else 0
+    if len(rows) <= count:
+        raise InputError(
+            f"task '{rows.task}' has {len(rows)} rows, of which {count} would be held out; give more rows, or hold out "
+            "less"
+        )
+    return order[count:], order[:count] or order
+
+
+def minibatches(rows: Sequence[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Minibatches without end: all rows in a new order each time, none left over twice as often as another.
+
+    Args:
+        rows: their numbers.
+        size: of a minibatch; all rows where there are fewer.
+        generator: of the order.
+    """
+    size = min(size, len(rows))
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            waiting += [rows[position] for position in order]
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _backward(
+    parameters: MergedParameters,
+    task: LearningTask,
+    objective: Objective,
+    number: int,
+    rows: Sequence[int],
+    factor: float,
+) -> None:
+    batch = task.rows.batch(rows).to(parameters.device)
+    loss = objective(number, logits_of(task.model, batch), rows).mean()
+    (factor * loss).backward()
+
+
+@torch.no_grad()
+def _objectives(
+    parameters: MergedParameters,
+    tasks: Sequence[LearningTask],
+    objective: Objective,
+    splits: Sequence[tuple[list[int], list[int]]],
+    batch_size: int,
+) -> list[float]:
+    """The mean of the objective over each task's rows that are held out."""
+    found = []
+    for number, (task, (_, watched)) in enumerate(zip(tasks, splits, strict=True)):
+        summed, count = torch.zeros((), dtype=torch.float64, device=parameters.device), 0
+        for rows, batch in task.rows.batches(4 * batch_size, watched):
+            values = objective(number, logits_of(task.model, batch.to(parameters.device)), rows)
+            summed += values.sum()
+            count += len(values)
+        found.append(float(summed) / max(count, 1))
+    return found

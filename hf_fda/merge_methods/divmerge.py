@@ -1,0 +1,29 @@
+"""Options of the merge by divergence. The work itself is in `hf_fda.divergence`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hf_fda.merge_methods.config import option
+from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.merge_methods.registry import register_config
+
+Measure = Literal["jensen-shannon", "forward-kl", "reverse-kl"]
+Precision = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivMergeConfig(LearnedConfig):
+    """Options of `divmerge`."""
+
+    name: ClassVar[str] = "divmerge"
+    summary: ClassVar[str] = "coefficients of the task vectors by which the outputs diverge least from each source's"
+    paper: ClassVar[str] = "DivMerge, arXiv 2509.02108"
+
+    divergence: Measure = option("jensen-shannon", "of the merged model's outputs from the source's on its own rows")
+    top_k: int | None = option(None, "outputs that are kept of a position, all others being one; none: all", minimum=1)
+    precision: Precision = option("float16", "type in which the sources' outputs are kept")
+
+
+register_config(DivMergeConfig)

@@ -14,6 +14,7 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.errors import RunError
 from hf_fda.lowrank import Budget, LowRank, factorise
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
@@ -153,7 +154,12 @@ def _power(config: FDAConfig) -> float | None:
 
 
 def move_to_start(
-    config: FDAConfig, module: nn.Module, unit: Unit, vectors: TaskVectors, ranks: Mapping[str, int]
+    config: FDAConfig | DistillConfig,
+    module: nn.Module,
+    unit: Unit,
+    vectors: TaskVectors,
+    ranks: Mapping[str, int],
+    work: torch.dtype = torch.float32,
 ) -> Moves:
     """Move a unit from the base to where adaptation starts, but for what is factored.
 
@@ -163,6 +169,7 @@ def move_to_start(
         unit: which.
         vectors: reads base and sources.
         ranks: by the base's name of a tensor, the largest rank of its factors.
+        work: the type to compute the start in; in float64 one source of scaling 1 comes out as it is.
 
     Returns:
         how its parameters are stepped on.
@@ -179,11 +186,11 @@ def move_to_start(
         if name in ranks:
             factors[path] = _start_in_factors(config, name, vectors, ranks[name])
             continue
-        base, tasks = vectors.read(name, torch.float32)
+        base, tasks = vectors.read(name, work)
         if isinstance(config.initial, MethodConfig):
             merged = apply_method(config.initial, base, tasks, roles[name], vectors.generator(name))
-            parameter.data = (base + merged).contiguous()
-        scales[path] = total([task.abs_() for task in tasks])
+            parameter.data = (base + merged).float().contiguous()
+        scales[path] = total([task.abs_() for task in tasks]).float()
     return Moves(None if config.parametrization == "parameters" else scales, factors)
 
 

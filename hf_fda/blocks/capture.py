@@ -41,7 +41,8 @@ class UnitCall:
     """Everything a unit is called with beside its hidden states.
 
     Calling it with the unit's module and x (n, T, d) gives the unit's output (n, T, d'). An argument that is `batched`
-    belongs to rows: it is there once for all rows, or for each of them (then `at` chooses).
+    belongs to rows: it is there once for all rows, or for each of them (then `at` chooses). `along` says which of each
+    argument's dimensions run over positions; None where that is not known, and the call cannot be cut.
     """
 
     arguments: Any = ((None,), {})
@@ -49,6 +50,7 @@ class UnitCall:
     hidden: int | str = 0
     size: int | None = None
     tokens: int | None = None
+    along: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, dtype: torch.dtype) -> UnitCall:
         """The same call with its floating-point arguments in another type."""
@@ -66,6 +68,15 @@ class UnitCall:
             for leaf, batched in zip(leaves, self.batched, strict=True)
         ]
         return dataclasses.replace(self, arguments=tree_unflatten(chosen, tree))
+
+    def cut(self, positions: int) -> UnitCall:
+        """The call on the first positions only."""
+        assert self.along is not None
+        leaves, tree = tree_flatten(self.arguments)
+        for number, dimensions in enumerate(self.along):
+            for dimension in dimensions:
+                leaves[number] = leaves[number].narrow(dimension, 0, positions)
+        return dataclasses.replace(self, arguments=tree_unflatten(leaves, tree))
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run `module` on x (n, T, d)."""

@@ -51,6 +51,7 @@ def save_states(path: Path, states: Mapping[str, UnitStates]) -> str:
                 "tree": treespec_dumps(tree),
                 "leaves": [_described(name, leaf, shelf) for leaf in leaves],
                 "batched": own.call.batched,
+                "along": own.call.along,
             }
         )
     tensors = {f"{name}.inputs": own.inputs.values[:-1] for name, own in states.items()}
@@ -88,5 +89,6 @@ def _read_part(path: Path, unit: str) -> UnitStates:
     arguments = tree_unflatten(leaves, treespec_loads(facts["tree"]))
     values, real = read(f"{unit}.inputs"), read(f"{unit}.real")
     size, tokens = values.shape[-1], real.shape[1]
-    call = UnitCall(arguments, tuple(facts["batched"]), facts["hidden"], size=size, tokens=tokens)
+    along = None if facts["along"] is None else tuple(map(tuple, facts["along"]))
+    call = UnitCall(arguments, tuple(facts["batched"]), facts["hidden"], size=size, tokens=tokens, along=along)
     return UnitStates(Ragged.of(values, real), call)

@@ -18,6 +18,9 @@ from hf_fda.states.unit_states import Ragged, UnitStates
 FORWARD = 256
 """Rows that run together where nothing is learned."""
 
+WINDOW = 4
+"""Parts of rows that are sorted by length among each other."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -34,18 +37,25 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def output(self, module: nn.Module, rows: Tensor) -> Tensor:
-        """What a unit gives on some rows: (b, T, d')."""
-        return self.call.at(rows)(module, self.inputs.at(rows))
+    def output(self, module: nn.Module, rows: Tensor, positions: int | None = None) -> Tensor:
+        """What a unit gives on some rows, or on their first positions: (b, T, d')."""
+        call = self.call if positions is None else self.call.cut(positions)
+        return call.at(rows)(module, self.inputs.at(rows, positions))
+
+    def reach(self, rows: Tensor) -> int | None:
+        """How many positions a call on some rows needs; None for all.
+
+        Args:
+            rows: (b,) numbers, on the CPU.
+        """
+        return None if self.call.along is None else int(self.inputs.lengths[rows].max())
 
 
 @torch.no_grad()
 def outputs(module: nn.Module, inputs: Ragged, call: UnitCall) -> Ragged:
     """What a unit gives on all rows, at their real positions."""
-    device = inputs.places.device
-    found = []
-    for rows in torch.arange(len(inputs), device=device).split(FORWARD):
-        found.append(call.at(rows)(module, inputs.at(rows))[inputs.real[rows]])
+    parts = torch.arange(len(inputs), device=inputs.places.device).split(FORWARD)
+    found = [call.at(rows)(module, inputs.at(rows))[inputs.real_at(rows)] for rows in parts]
     return Ragged.of(torch.cat(found), inputs.real)
 
 
@@ -67,6 +77,34 @@ def matched(base: nn.Module, inputs: Ragged, call: UnitCall, targets: Ragged, po
     if not bool(shift.any()):
         return None
     return Examples(inputs, targets, call, None if power is None else shift_metric(shift, power))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a batch has of one source: the number of its examples, rows (b,) of these on the device, and how many of
+    their positions there are (None: all)."""
+
+    number: int
+    rows: Tensor
+    positions: int | None
+
+
+def alike(rows: Tensor, lengths: Tensor, count: int) -> list[Tensor]:
+    """Rows in about equal parts of similar lengths, in random order where the rows are in one.
+
+    Runs of `WINDOW` parts are sorted by length, and the parts then come in the order of their first rows.
+
+    Args:
+        rows: (n,) numbers, on the CPU.
+        lengths: of all rows.
+        count: how many parts there are at most.
+    """
+    size = -(-len(rows) // count)
+    place = {row: number for number, row in enumerate(rows.tolist())}
+    parts: list[Tensor] = []
+    for window in rows.split(size * WINDOW):
+        parts += window[lengths[window].argsort(stable=True)].split(size)
+    return sorted(parts, key=lambda part: place[int(part[0])])
 
 
 class StatesObjective:
@@ -103,16 +141,18 @@ class StatesObjective:
             return sum(own.targets.count * own.targets.values.shape[-1] for own in self.examples)
         return len(self)
 
-    def batches(self, order: Tensor, batch_size: int) -> list[list[tuple[int, Tensor]]]:
-        """Rows in some order, cut into batches: for each of its sources' examples their number, and rows of these."""
-        found = []
-        for part in order.split(batch_size):
-            sources, rows = self.source[part], self.row[part]
-            numbers = sources.unique().tolist()
-            found.append([(number, rows[sources == number].to(self.device)) for number in numbers])
-        return found
+    def batches(self, order: Tensor, batch_size: int) -> list[list[Share]]:
+        """Rows in some order, cut into batches that all sources have their shares in; each share has rows of similar
+        lengths, so that little is computed on what rows are filled up with."""
+        count = -(-len(self) // batch_size)
+        found: list[list[Share]] = [[] for _ in range(count)]
+        for number, own in enumerate(self.examples):
+            parts = alike(self.row[order[self.source[order] == number]], own.inputs.lengths, count)
+            for place, part in enumerate(parts):
+                found[place * count // len(parts)].append(Share(number, part.to(self.device), own.reach(part)))
+        return [batch for batch in found if batch]
 
-    def evaluate(self, module: nn.Module, call: UnitCall, batch: Sequence[tuple[int, Tensor]]) -> Tensor:
+    def evaluate(self, module: nn.Module, call: UnitCall, batch: Sequence[Share]) -> Tensor:
         """The distance summed over a batch (over all entries, for "mse" and "mae").
 
         Args:
@@ -120,10 +160,12 @@ class StatesObjective:
             call: unused: each source's examples have their own.
             batch: from `batches`.
         """
-        return torch.stack([self._distance(module, self.examples[number], rows) for number, rows in batch]).sum()
+        return torch.stack([self._distance(module, share) for share in batch]).sum()
 
-    def _distance(self, module: nn.Module, own: Examples, rows: Tensor) -> Tensor:
-        output, target, real = own.output(module, rows), own.targets.at(rows), own.targets.real[rows]
+    def _distance(self, module: nn.Module, share: Share) -> Tensor:
+        own, rows, positions = self.examples[share.number], share.rows, share.positions
+        output, target = own.output(module, rows, positions), own.targets.at(rows, positions)
+        real = own.targets.real_at(rows, positions)
         if self.kind == "cosine":
             return distance("cosine", output * real[..., None], target) * len(rows)
         error = (output - target)[real]

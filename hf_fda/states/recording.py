@@ -39,14 +39,14 @@ class StatesRecorder:
 
     def __init__(self, weights: Weights, units: Mapping[str, str], device: torch.device) -> None:
         self.device, self.units = device, dict(units)
-        self.decoding = {
-            name for name, path in units.items() if weights.layout.config.is_encoder_decoder and "decoder" in path
-        }
+        self.decodes = bool(weights.layout.config.is_encoder_decoder)
+        self.decoding = {name for name, path in units.items() if self.decodes and "decoder" in path}
         model = meta_model(weights.layout.config, weights.layout.model_class)
         stream_weights(model, weights, device)
         self.body: Any = model.base_model
         self.takes = inspect.signature(self.body.forward).parameters
         self.seen: dict[str, tuple[Any, Any]] = {}
+        self._shorter: tuple[str, dict[str, list[Any]]] = "", {}
         for name, path in self.units.items():
             module = model.get_submodule(path)
             module.register_forward_pre_hook(self._hook(name), prepend=True, with_kwargs=True)
@@ -73,8 +73,24 @@ class StatesRecorder:
             RunError: naming the unit, when it does not run once on every row.
         """
         together = [*numbers, *companions(rows, len(numbers))]
-        batch = rows.batch(together).to(self.device)
+        shorter = self._shorter_sizes(rows)
+        given = self._run(rows, together)
+        shared: dict[int, Tensor] = {}
+        found = {}
+        for name in self.units:
+            real = _real(given, "decoder_" if name in self.decoding else "", rows, together)
+            found[name] = _states(name, self.seen[name], real, len(numbers), shared, shorter.get(name))
+        self.seen.clear()
+        return found
+
+    def _run(self, rows: TaskRows, numbers: Sequence[int]) -> dict[str, Any]:
+        """Run until every unit was called; what the body was given."""
+        batch = rows.batch(numbers).to(self.device)
         given: dict[str, Any] = {name: value for name, value in batch.inputs.items() if name in self.takes}
+        if self.decoding and "decoder_input_ids" not in given:
+            raise RunError(
+                f"rows of task '{rows.task}' do not say what is written on them, so decoder blocks do not run"
+            )
         if "use_cache" in self.takes:
             given["use_cache"] = False
         self.seen.clear()
@@ -83,13 +99,19 @@ class StatesRecorder:
         missed = [name for name in self.units if name not in self.seen]
         if missed:
             raise RunError(f"unit '{missed[0]}' does not run on rows of task '{rows.task}'; merge it without data")
-        shared: dict[int, Tensor] = {}
-        found = {}
-        for name in self.units:
-            real = _real(given, "decoder_" if name in self.decoding else "", rows, together)
-            found[name] = _states(name, self.seen[name], real, len(numbers), shared)
-        self.seen.clear()
-        return found
+        return given
+
+    def _shorter_sizes(self, rows: TaskRows) -> dict[str, list[Any]]:
+        """The shapes of every unit's arguments on shorter rows, which tell what runs over positions; nothing where no
+        rows are shorter, or have positions of two kinds."""
+        if self._shorter[0] != rows.fingerprint:
+            pair = None if self.decodes else shorter_pair(rows)
+            sizes = {}
+            if pair is not None:
+                self._run(rows, pair)
+                sizes = {name: _sizes(*self.seen[name]) for name in self.units}
+            self._shorter = rows.fingerprint, sizes
+        return self._shorter[1]
 
 
 def companions(rows: TaskRows, count: int) -> list[int]:
@@ -112,6 +134,17 @@ def companions(rows: TaskRows, count: int) -> list[int]:
     while count + len(found) == 1 or count + len(found) in lengths:
         found.append(found[-1])
     return found
+
+
+def shorter_pair(rows: TaskRows) -> list[int] | None:
+    """Two rows of different lengths, both shorter than the longest; None where there are none such.
+
+    Args:
+        rows: of a task.
+    """
+    by_length = {rows.length(row): row for row in range(len(rows))}
+    lengths = sorted(by_length)
+    return [by_length[lengths[-2]], by_length[lengths[0]]] if len(lengths) > 2 else None
 
 
 def parts_of_rows(rows: TaskRows, units: int, width: int) -> list[list[int]]:
@@ -146,7 +179,14 @@ def _real(given: Mapping[str, Tensor], side: str, rows: TaskRows, numbers: Seque
     return real if mask is None else real & (mask != 0)
 
 
-def _states(name: str, seen: tuple[Any, Any], real: Tensor | None, count: int, shared: dict[int, Tensor]) -> UnitStates:
+def _states(
+    name: str,
+    seen: tuple[Any, Any],
+    real: Tensor | None,
+    count: int,
+    shared: dict[int, Tensor],
+    shorter: Sequence[Any] | None,
+) -> UnitStates:
     """One unit's call as it is kept.
 
     Args:
@@ -155,24 +195,46 @@ def _states(name: str, seen: tuple[Any, Any], real: Tensor | None, count: int, s
         real: which positions are real.
         count: how many rows are kept, the first ones.
         shared: arguments that other units were called with too, as they are kept.
+        shorter: shapes of the arguments on shorter rows, the hidden states' first.
     """
-    args, kwargs = seen
-    hidden: int | str = 0 if args else "hidden_states"
-    x = args[0] if args else kwargs.get("hidden_states")
+    hidden, x, leaves, tree = _taken_apart(*seen)
     if not isinstance(x, Tensor) or x.ndim != 3 or (real is not None and x.shape[:2] != real.shape):
         raise RunError(f"unit '{name}' takes no hidden states (rows, positions, width); merge it without data")
     if real is None:
         real = x.new_ones(x.shape[:2], dtype=torch.bool)
-    rest = (None, *args[1:]) if args else (), {key: value for key, value in kwargs.items() if key != hidden}
-    leaves, tree = tree_flatten(rest)
     own = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(x) for leaf in leaves]
     kept = [
         _kept(leaf, count if of_rows else None, shared) if isinstance(leaf, Tensor) else leaf
         for leaf, of_rows in zip(leaves, own, strict=True)
     ]
     real = real[:count]
-    call = UnitCall(tree_unflatten(kept, tree), tuple(own), hidden, size=x.shape[-1], tokens=x.shape[1])
+    along = None if shorter is None else _along(_sizes(*seen), shorter)
+    call = UnitCall(tree_unflatten(kept, tree), tuple(own), hidden, size=x.shape[-1], tokens=x.shape[1], along=along)
     return UnitStates(Ragged.of(halved(x[:count][real]), real), call)
+
+
+def _taken_apart(args: Any, kwargs: Any) -> tuple[int | str, Any, list[Any], Any]:
+    """Where hidden states are among a unit's arguments, these, and the other arguments as leaves of a tree."""
+    hidden: int | str = 0 if args else "hidden_states"
+    x = args[0] if args else kwargs.get("hidden_states")
+    rest = (None, *args[1:]) if args else (), {key: value for key, value in kwargs.items() if key != hidden}
+    return hidden, x, *tree_flatten(rest)
+
+
+def _sizes(args: Any, kwargs: Any) -> list[Any]:
+    """The shapes of a unit's hidden states and of its other arguments; None for what is no tensor."""
+    _, x, leaves, _ = _taken_apart(args, kwargs)
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in (x, *leaves)]
+
+
+def _along(sizes: Sequence[Any], shorter: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """For each argument the dimensions that run over positions: those that are as long as the rows in both."""
+    long, short = sizes[0][1], shorter[0][1]
+    found = []
+    for own, other in zip(sizes[1:], shorter[1:], strict=True):
+        pairs = enumerate(zip(own, other, strict=True)) if own is not None and other is not None else ()
+        found.append(tuple(d for d, pair in pairs if d > 0 and pair == (long, short)))
+    return tuple(found)
 
 
 def _kept(leaf: Tensor, count: int | None, shared: dict[int, Tensor]) -> Tensor:

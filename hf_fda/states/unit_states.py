@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,9 +55,24 @@ class Ragged:
         """N, the number of real positions."""
         return len(self.values) - 1
 
-    def at(self, rows: Tensor) -> Tensor:
-        """Some rows (b, T, d) in single precision, zero where a position is not real."""
-        return self.values[self.places[rows]].float()
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(n,) on the CPU: how many positions of each row there are up to its last real one."""
+        numbers = torch.arange(1, self.places.shape[1] + 1, device=self.places.device)
+        return (self.real * numbers).amax(1).cpu()
+
+    def at(self, rows: Tensor, positions: int | None = None) -> Tensor:
+        """Some rows (b, T, d) in single precision, zero where a position is not real.
+
+        Args:
+            rows: (b,) numbers.
+            positions: only so many; all T if None.
+        """
+        return self.values[self.places[rows, :positions]].float()
+
+    def real_at(self, rows: Tensor, positions: int | None = None) -> Tensor:
+        """Which positions of some rows are real, as `at`."""
+        return self.places[rows, :positions] != self.count
 
     def to(self, device: torch.device) -> Ragged:
         """The same on a device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ def _on_states(
     examples = []
     for source, own in states:
         found = shown(module, builder.load(source.read, unit), own.to(builder.device), _power(config))
-        vectors.note_move(source.name, lambda found=found: found is not None)
+        vectors.note_move(source.name, partial(bool, found is not None))
         if found is not None:
             examples.append(found)
     return examples
@@ -194,7 +195,7 @@ def move_to_start(
     return Moves(None if config.parametrization == "parameters" else scales, factors)
 
 
-def _start_in_factors(config: FDAConfig, name: str, vectors: TaskVectors, rank: int) -> LowRank:
+def _start_in_factors(config: FDAConfig | DistillConfig, name: str, vectors: TaskVectors, rank: int) -> LowRank:
     """The nearest product of a rank to the start of a tensor's task vector; from the base a left factor of zero beside
     the right one of the sum of the sources' task vectors."""
     method = config.initial if isinstance(config.initial, MethodConfig) else TaskArithmeticConfig()

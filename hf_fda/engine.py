@@ -7,9 +7,11 @@ from pathlib import Path
 from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.anchor_preparation import AnchorPreparation
 from hf_fda.assembly import Assembly, CheckpointAssembly
+from hf_fda.distill_preparation import DistillPreparation
 from hf_fda.errors import InputError, RunError
 from hf_fda.learned_preparation import LearnedPreparation
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.plans import Plan
 from hf_fda.preparation import Preparation
@@ -65,6 +67,8 @@ def preparation_of(run: Run) -> Preparation:
     """What a plan's method does before tensors are written."""
     if isinstance(run.plan.config, FDAConfig):
         return AnchorPreparation(run)
+    if isinstance(run.plan.config, DistillConfig):
+        return DistillPreparation(run)
     if isinstance(run.plan.config, LearnedConfig):
         return LearnedPreparation(run)
     if trims_globally(run.plan.config):

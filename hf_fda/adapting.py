@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hf_fda.anchors import AnchorBuilder, Moves, Objective, UnitAnchors, adapt_unit
+from hf_fda.anchors.adaptation import Aim
 from hf_fda.blocks import Unit, UnitCall
+from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.errors import RunError
 from hf_fda.lowrank import Budget, LowRank, factorise
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
 from hf_fda.randomness import random_stream
+from hf_fda.states.objective import Examples, StatesObjective, matched, shown
+from hf_fda.states.unit_states import Ragged, UnitStates
 from hf_fda.streaming.taskvectors import TaskVectors
 from hf_fda.streaming.tensorwise import apply_method
 from hf_fda.tensors import total
@@ -29,6 +35,7 @@ def adapted_unit(
     unit: Unit,
     found: Sequence[UnitAnchors],
     progress: Progress,
+    states: Sequence[tuple[AlignedSource, UnitStates]] = (),
 ) -> dict[str, Tensor]:
     """What the file of one merged unit holds (`unit_tensors`), in float32 on the CPU.
 
@@ -37,8 +44,9 @@ def adapted_unit(
         builder: loads units.
         vectors: reads base and sources.
         unit: which.
-        found: its anchors for every source that has it.
+        found: its anchors for every source that is matched on them.
         progress: whom to tell.
+        states: its real hidden states for every source that is matched on them.
 
     Raises:
         RunError: naming the unit, when the loss becomes infinite or not a number.
@@ -48,12 +56,16 @@ def adapted_unit(
     assert config.adaptation_learning_rate is not None and config.interpolation is not None
     module, call = builder.load(plan.inputs.base.read, unit), builder.capture.calls[unit.name]
     moved = [anchors for anchors in found if anchors.moves]
-    if not moved:  # steps would only follow rounding noise
+    real = _on_states(config, module, builder, unit, states, vectors)
+    if not moved and not real:  # steps would only follow rounding noise
         moves = move_to_start(config, module, unit, vectors, plan.ranks)
         there = {path: value.detach().cpu() for path, value in module.named_parameters() if path not in moves.factors}
         return _named(unit, there, moves.factors)
     try:
-        objective = _objective(config, module, call, moved, plan.device)
+        if real:
+            objective: Aim = _mixed(config, module, call, moved, real, plan.device)
+        else:
+            objective = _objective(config, module, call, moved, plan.device)
         adapted = adapt_unit(
             module,
             call,
@@ -65,7 +77,8 @@ def adapted_unit(
             batch_size=config.batch_size,
             generator=random_stream(plan.seed, "batches", unit.name),
             interpolation=config.interpolation,
-            frozen=_frozen(config, unit, moved, vectors),
+            frozen=_frozen(config, unit, [] if real else moved, vectors),
+            never_worse=bool(real),
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
         )
     except RunError as error:
@@ -81,8 +94,9 @@ def _named(unit: Unit, parameters: Mapping[str, Tensor], factors: Mapping[str, L
 
 
 def _frozen(config: FDAConfig, unit: Unit, found: Sequence[UnitAnchors], vectors: TaskVectors) -> frozenset[str]:
-    """Parameters that stay: whose gradient is zero for every source, and those that no source moves."""
-    frozen = frozenset.intersection(*(frozenset(anchors.left_out) for anchors in found))
+    """Parameters that stay: whose gradient is zero for every source on its anchors, and those that no source moves."""
+    left_out = [frozenset(anchors.left_out) for anchors in found]
+    frozen = frozenset.intersection(*left_out) if left_out else frozenset()
     if config.parametrization == "parameters":
         return frozen
     return frozen | {name.removeprefix(f"{unit.name}.") for name in unit.tensors if not vectors.may_move(name)}
@@ -102,8 +116,51 @@ def _objective(
     return Objective(config.adaptation_distance, anchors, targets, shifts, config.metric_power)
 
 
+def _on_states(
+    config: FDAConfig,
+    module: nn.Module,
+    builder: AnchorBuilder,
+    unit: Unit,
+    states: Sequence[tuple[AlignedSource, UnitStates]],
+    vectors: TaskVectors,
+) -> list[Examples]:
+    """What a unit shall match on real hidden states, for the sources that move it, from the base's unit."""
+    examples = []
+    for source, own in states:
+        found = shown(module, builder.load(source.read, unit), own.to(builder.device), _power(config))
+        vectors.note_move(source.name, partial(bool, found is not None))
+        if found is not None:
+            examples.append(found)
+    return examples
+
+
+def _mixed(
+    config: FDAConfig,
+    module: nn.Module,
+    call: UnitCall,
+    found: Sequence[UnitAnchors],
+    real: Sequence[Examples],
+    device: torch.device,
+) -> StatesObjective:
+    """What a unit shall match, on real hidden states and on anchors."""
+    assert config.adaptation_distance is not None
+    pairs = [[Ragged.whole(values.to(device)) for values in (own.anchors, own.targets)] for own in found]
+    anchors = [matched(module, inputs, call, targets, _power(config)) for inputs, targets in pairs]
+    return StatesObjective(config.adaptation_distance, [*real, *(own for own in anchors if own is not None)])
+
+
+def _power(config: FDAConfig) -> float | None:
+    """The power of the metric of errors; None where there is no metric."""
+    return config.metric_power if config.adaptation_distance == "shift" else None
+
+
 def move_to_start(
-    config: FDAConfig, module: nn.Module, unit: Unit, vectors: TaskVectors, ranks: Mapping[str, int]
+    config: FDAConfig | DistillConfig,
+    module: nn.Module,
+    unit: Unit,
+    vectors: TaskVectors,
+    ranks: Mapping[str, int],
+    work: torch.dtype = torch.float32,
 ) -> Moves:
     """Move a unit from the base to where adaptation starts, but for what is factored.
 
@@ -113,6 +170,7 @@ def move_to_start(
         unit: which.
         vectors: reads base and sources.
         ranks: by the base's name of a tensor, the largest rank of its factors.
+        work: the type to compute the start in; in float64 one source of scaling 1 comes out as it is.
 
     Returns:
         how its parameters are stepped on.
@@ -129,15 +187,15 @@ def move_to_start(
         if name in ranks:
             factors[path] = _start_in_factors(config, name, vectors, ranks[name])
             continue
-        base, tasks = vectors.read(name, torch.float32)
+        base, tasks = vectors.read(name, work)
         if isinstance(config.initial, MethodConfig):
             merged = apply_method(config.initial, base, tasks, roles[name], vectors.generator(name))
-            parameter.data = (base + merged).contiguous()
-        scales[path] = total([task.abs_() for task in tasks])
+            parameter.data = (base + merged).float().contiguous()
+        scales[path] = total([task.abs_() for task in tasks]).float()
     return Moves(None if config.parametrization == "parameters" else scales, factors)
 
 
-def _start_in_factors(config: FDAConfig, name: str, vectors: TaskVectors, rank: int) -> LowRank:
+def _start_in_factors(config: FDAConfig | DistillConfig, name: str, vectors: TaskVectors, rank: int) -> LowRank:
     """The nearest product of a rank to the start of a tensor's task vector; from the base a left factor of zero beside
     the right one of the sum of the sources' task vectors."""
     method = config.initial if isinstance(config.initial, MethodConfig) else TaskArithmeticConfig()

@@ -1,4 +1,5 @@
-"""The merge by functional dual anchors before its weights are written: anchors, then units adapted to them."""
+"""The merge by functional dual anchors before its weights are written: anchors, or real hidden states where there are
+rows of data, then units adapted to them."""
 
 from __future__ import annotations
 
@@ -6,30 +7,26 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
 from hf_fda import costs
 from hf_fda.adapting import adapted_unit
 from hf_fda.anchors import AnchorBuilder, UnitAnchors
 from hf_fda.anchors.files import Construction, read_unit, unit_file
 from hf_fda.blocks import Unit
+from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.inputs import Source
-from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods import FDAConfig
-from hf_fda.preparation import Preparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
-from hf_fda.store import WORK, key_of
-from hf_fda.unit_files import read_adapted
+from hf_fda.states.pieces import Recordings
+from hf_fda.store import key_of
+from hf_fda.unit_preparation import UnitPreparation
 from hf_fda.version import versions
 
-BLOCKS = f"{WORK}/blocks"
-"""Where adapted units wait until the files that hold them are written."""
 
-
-class AnchorPreparation(Preparation):
-    """Constructs the anchors of every source that has none, and adapts every unit to the anchors of all sources.
+class AnchorPreparation(UnitPreparation):
+    """Constructs the anchors of every source that needs some, records the hidden states of every source that has rows
+    of data, and adapts every unit to the anchors and states of all sources.
 
     Args:
         run: of a plan by "fda".
@@ -39,33 +36,22 @@ class AnchorPreparation(Preparation):
         super().__init__(run)
         assert isinstance(self.plan.config, FDAConfig)
         self.config = self.plan.config
-        self.base, self.units = self.plan.inputs.base, self.plan.units
-        self.unit_of = {name: unit for unit in self.units for name in unit.tensors}
 
     @property
     def count(self) -> int:
         """As `Preparation.count`."""
-        return len(self.plan.constructions) + len(self.units)
+        return len(self.plan.constructions) + self.recordings.count + len(self.units)
 
     def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
-        """As `Preparation.stages`: anchors of all units, then the units that are still to be written."""
-        yield self._constructions()
+        """As `Preparation.stages`: anchors and states of all units, then the units that are still to be written."""
+        needed = [unit for unit in self.units if self.wanted(unit, wanted)]
+        adaptations = [self._adaptation(unit) for unit in needed]
+        recorded = self.recordings.pieces() if not all(self.run.finished(adaptations)) else []
+        yield self._constructions() + recorded
         if self.run.team.main:
             self._frame()
-        needed = [unit for unit in self.units if any(name in wanted for name in unit.tensors)]
-        for _ in range(len(self.units) - len(needed)):
-            self.run.progress.finish("what an earlier run finished")
-        yield [self._adaptation(unit) for unit in needed]
-
-    def key(self, name: str) -> str | None:
-        """As `Preparation.key`: of its unit."""
-        unit = self.unit_of.get(name)
-        return None if unit is None else self._unit_keys[unit.name]
-
-    def adapted(self, name: str) -> Tensor | LowRank:
-        """As `Preparation.adapted`."""
-        path = self.plan.output / BLOCKS / f"{self.unit_of[name].name}.safetensors"
-        return read_adapted(path, name, self.base.shape(name))
+        self.skip(len(self.units) - len(needed) + self.recordings.count - len(recorded))
+        yield adaptations
 
     # -- anchors ---------------------------------------------------------------------------------------------------
 
@@ -90,9 +76,13 @@ class AnchorPreparation(Preparation):
 
     def _frame(self) -> None:
         """Write what lies around the anchors of every source."""
-        for source in self.plan.inputs.sources if self.units else ():
-            if source.anchors is None:
-                self._construction(source).frame(self.plan.units_of(source))
+        for source in self.plan.anchors_made:
+            self._construction(source).frame(self.plan.units_of(source))
+
+    @cached_property
+    def recordings(self) -> Recordings:
+        """The hidden states of the sources that have rows."""
+        return Recordings(self.run, {source.name: self.plan.units_of(source) for source in self.plan.inputs.sources})
 
     @cached_property
     def _given(self) -> dict[tuple[str, str], str]:
@@ -100,11 +90,20 @@ class AnchorPreparation(Preparation):
         given = [
             (source.anchors, source.name, unit.name)
             for unit in self.units
-            for source in self.plan.sources_of(unit)
+            for source in self._anchored(unit)
             if source.anchors is not None
         ]
         hashes = self.run.team.map(lambda item: item[0].digest(item[2]), given)
         return {(source, unit): found for (_, source, unit), found in zip(given, hashes, strict=True)}
+
+    def _anchored(self, unit: Unit) -> list[Source]:
+        """The sources whose anchors of a unit are matched."""
+        return [source for source in self.plan.sources_of(unit) if self.plan.anchored(source)]
+
+    def _shown(self, unit: Unit) -> list[AlignedSource]:
+        """The sources whose hidden states of a unit are matched."""
+        sources = [source.weights for source in self.plan.sources_of(unit) if source.name in self.plan.data]
+        return [source for source in sources if source is not None]
 
     def _anchors_key(self, source: Source, unit: Unit) -> str:
         if source.anchors is not None:
@@ -126,21 +125,19 @@ class AnchorPreparation(Preparation):
         """The work of adapting one unit to the anchors of all sources."""
 
         def make() -> Callable[[Path], str]:
-            found = [self._anchors_of(source, unit) for source in self.plan.sources_of(unit)]
-            adapted = adapted_unit(self.plan, self.builder, self.run.vectors, unit, found, self.run.progress)
+            found = [self._anchors_of(source, unit) for source in self._anchored(unit)]
+            shown = [(source, self.recordings.of(source.name, unit)) for source in self._shown(unit)]
+            adapted = adapted_unit(self.plan, self.builder, self.run.vectors, unit, found, self.run.progress, shown)
             return lambda path: save_tensors(path, adapted)
 
         sources = len(self.plan.sources_of(unit))
         cost = costs.adaptation(self.base, self.config, unit, sources, self.plan.ranks).weight
-        return Piece(f"adapt {unit.name}", f"{BLOCKS}/{unit.name}.safetensors", self._unit_keys[unit.name], cost, make)
+        return Piece(f"adapt {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make)
 
-    @cached_property
-    def _unit_keys(self) -> dict[str, str]:
-        """By unit, a hash of everything that determines how it comes out."""
-        return {unit.name: self._unit_key(unit) for unit in self.units}
-
-    def _unit_key(self, unit: Unit) -> str:
-        anchors = [self._anchors_key(source, unit) for source in self.plan.sources_of(unit)]
+    def unit_key(self, unit: Unit) -> str:
+        """As `UnitPreparation.unit_key`."""
+        anchors = [self._anchors_key(source, unit) for source in self._anchored(unit)]
+        anchors += [self.recordings.key(source.name) for source in self._shown(unit)]
         ranks = {name: self.plan.ranks[name] for name in unit.tensors if name in self.plan.ranks}
         facts = self.config.options(), ranks, anchors, self.run.fingerprints, self.plan.seed, versions()
         return key_of("unit", unit.name, *facts)

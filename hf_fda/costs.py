@@ -5,7 +5,7 @@ What a piece costs decides which process does it, and at a measured speed (`hf_f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,9 @@ STEP_CALLS = 90
 ADAPTATION_CALLS = 40
 """The same of an adaptation step."""
 
+TYPICAL_POSITIONS = 64
+"""Positions of a row of data, where only pieces of one kind are compared."""
+
 FLOPS_PER_BYTE = 10
 """Arithmetic that takes as long as moving a byte through memory, to compare pieces of work with each other."""
 
@@ -103,6 +106,12 @@ def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
         files=2 * parameters + 2 * 4 * tokens * width(base),
         calls=steps * STEP_CALLS * len(unit.tensors),
     )
+
+
+def recording(base: Checkpoint, units: Sequence[Unit]) -> Work:
+    """Recording the hidden states of units on one row, by far most of which is running the blocks."""
+    names = [name for unit in units for name in unit.tensors]
+    return Work(flops=2 * TYPICAL_POSITIONS * active_entries(base, names))
 
 
 def adaptation(

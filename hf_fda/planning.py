@@ -21,8 +21,10 @@ from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
 from hf_fda.inputs import Inputs, open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
+from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.looking import RowsConfig
 from hf_fda.merge_methods.regmean import RegMeanPlusConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.notes import notes_of
 from hf_fda.plans import Plan
 from hf_fda.prediction import predict
@@ -204,8 +206,10 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
     if not isinstance(config, FDAConfig):
         if without:
             raise InputError(f"source '{without[0]}' is anchors only; method '{config.name}' needs its weights")
-        if isinstance(config, RegMeanPlusConfig):
+        if isinstance(config, (DistillConfig, RegMeanPlusConfig)):
             require_blocks(inputs.base.layout)
+        if isinstance(config, DistillConfig):
+            config = config.completed(names, family_of(inputs.base.layout))
         return with_source_names(config, names)
     for role in ("initial", "rest"):
         if without and getattr(config, role) not in (None, "base"):
@@ -227,10 +231,11 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
 
 
 def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:
-    if not isinstance(config, FDAConfig):
+    if not isinstance(config, UnitwiseConfig):
         return ()
     units = find_units(inputs.base.layout, config.unit or ("block",))
-    check_given(inputs, units)
+    if isinstance(config, FDAConfig):
+        check_given(inputs, units)
     return tuple(unit for unit in units if any(source.has(unit) for source in inputs.sources))
 
 

@@ -17,7 +17,7 @@ from hf_fda.checkpoint.writer import Shard
 from hf_fda.data.opening import OpenedData
 from hf_fda.estimate import adapter_bytes
 from hf_fda.inputs import Inputs, Source
-from hf_fda.merge_methods import MethodConfig
+from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.prediction import Prediction
 from hf_fda.recipes import Heads, Output
 
@@ -55,9 +55,20 @@ class Plan:
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:
         """The (source, unit) pairs whose anchors have to be constructed."""
-        return tuple(
-            (source, unit) for unit in self.units for source in self.sources_of(unit) if source.anchors is None
-        )
+        made = [source.name for source in self.anchors_made]
+        return tuple((source, unit) for unit in self.units for source in self.sources_of(unit) if source.name in made)
+
+    @property
+    def anchors_made(self) -> tuple[Source, ...]:
+        """The sources whose anchors are constructed and written beside the merge."""
+        if not self.units:
+            return ()
+        return tuple(source for source in self.inputs.sources if source.anchors is None and self.anchored(source))
+
+    def anchored(self, source: Source) -> bool:
+        """Whether a source's units are matched on its anchors: without rows of data, or where both are mixed."""
+        mixed = isinstance(self.config, FDAConfig) and self.config.with_data == "mixed"
+        return isinstance(self.config, FDAConfig) and (mixed or source.name not in self.data)
 
     def sources_of(self, unit: Unit) -> tuple[Source, ...]:
         """The sources that have a unit."""
@@ -106,7 +117,7 @@ class Plan:
 
     def _writes(self) -> list[str]:
         heads = [f"task_heads/{head.task}" for head in self.result.heads]
-        anchors = [f"anchors/{source.name}" for source in self.inputs.sources if self.units and source.anchors is None]
+        anchors = [f"anchors/{source.name}" for source in self.anchors_made]
         return [*self._weights(), "merge_config.yaml", "README.md", *heads, *anchors]
 
     def _weights(self) -> list[str]:

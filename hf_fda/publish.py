@@ -87,7 +87,7 @@ def _draw_coefficients(plan: Plan, store: Store) -> Coefficients | None:
 
 def clean(store: Store) -> None:
     """Remove the work in progress of a merge that is finished."""
-    for name in ("staged", "blocks", "counts", "outputs", "statistics", "partial"):
+    for name in ("staged", "blocks", "counts", "targets", "outputs", "states", "statistics", "partial"):
         shutil.rmtree(store.work / name, ignore_errors=True)
     shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
 
@@ -127,7 +127,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
         "data": {task: rows.shown for task, rows in plan.data.items()},
         "datasets": [str(rows.record["path"]) for rows in plan.data.values() if rows.on_hub],
-        "anchors": [source.name for source in plan.inputs.sources if plan.units and source.anchors is None],
+        "anchors": [source.name for source in plan.anchors_made],
     }
 
 

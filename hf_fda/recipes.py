@@ -14,8 +14,9 @@ from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.errors import InputError, few
 from hf_fda.heads import TaskHead, check_same_heads, task_head
 from hf_fda.inputs import Inputs
-from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.linear import LinearConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 
 Heads = Literal["keep", "merge"]
 
@@ -98,7 +99,7 @@ def decide(
 
 
 def _by_method(config: MethodConfig, inside: bool) -> Recipe:
-    if not isinstance(config, FDAConfig):
+    if not isinstance(config, UnitwiseConfig):
         return Recipe("method", config)
     chosen = config.initial if inside else config.rest
     return Recipe("method", chosen) if isinstance(chosen, MethodConfig) else Recipe("base")

@@ -12,7 +12,8 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.data.opening import OpenedData
 from hf_fda.errors import InputError
 from hf_fda.inputs import Inputs
-from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods import MethodConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.plans import Plan, readable_size
 from hf_fda.provenance import Described
 from hf_fda.recipes import Output
@@ -113,7 +114,7 @@ def check_trim(config: MethodConfig, settings: Settings, described: Described | 
         refuse_global(config, "adapters")
     if described is not None and {"density", "trim"} & set(described.varying) and trims_globally(config):
         raise InputError(f"method '{config.name}': trim='global' needs one density for all tensors")
-    if isinstance(config, FDAConfig):
+    if isinstance(config, UnitwiseConfig):
         for own in (config.initial, config.rest):
             if isinstance(own, MethodConfig):
-                refuse_global(own, "method 'fda'")
+                refuse_global(own, f"method '{config.name}'")

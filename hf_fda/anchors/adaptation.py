@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,39 @@ class Batch:
 
     rows: Tensor
     counts: tuple[int, ...]
+
+
+class Aim(Protocol):
+    """What a unit is fitted to: examples of all sources, in batches that only the aim understands."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the examples lie."""
+        ...
+
+    @property
+    def divisor(self) -> int:
+        """What the summed distance is divided by for its mean."""
+        ...
+
+    def batches(self, order: Tensor, batch_size: int) -> Sequence[Any]:
+        """Examples in some order, (n,) numbers on the CPU, cut into batches."""
+        ...
+
+    def evaluate(self, module: nn.Module, call: UnitCall, batch: Any) -> Tensor:
+        """A unit's distance summed over a batch, a scalar."""
+        ...
+
+
+@torch.no_grad()
+def mean_distance(aim: Aim, module: nn.Module, call: UnitCall, batch_size: int) -> float:
+    """The distance per example (per entry, for "mse" and "mae") of a unit's outputs from all targets."""
+    batches = aim.batches(torch.arange(len(aim)), batch_size)
+    return float(torch.stack([aim.evaluate(module, call, batch) for batch in batches]).sum()) / aim.divisor
 
 
 class Objective:
@@ -99,12 +133,14 @@ class Objective:
         weighed = [error @ factor for error, factor in zip(errors, self.factors, strict=True)]
         return torch.cat(weighed).square().sum() / output.shape[1]
 
-    @torch.no_grad()
-    def mean(self, call: Callable[[Tensor], Tensor], batch_size: int) -> float:
-        """The distance per anchor (per entry, for "mse" and "mae") of a unit's outputs from all targets."""
-        batches = self.batches(torch.arange(len(self)), batch_size)
-        summed = torch.stack([self.loss(call(self.anchors[batch.rows]), batch) for batch in batches]).sum()
-        return float(summed) / self.divisor
+    def evaluate(self, module: nn.Module, call: UnitCall, batch: Batch) -> Tensor:
+        """As `Aim.evaluate`."""
+        return self.loss(call(module, self.anchors[batch.rows]), batch)
+
+    @property
+    def device(self) -> torch.device:
+        """Where anchors and targets lie."""
+        return self.anchors.device
 
     @property
     def divisor(self) -> int:
@@ -115,7 +151,7 @@ class Objective:
 def adapt_unit(
     module: nn.Module,
     call: UnitCall,
-    objective: Objective,
+    objective: Aim,
     moves: Moves,
     *,
     epochs: int,
@@ -125,11 +161,12 @@ def adapt_unit(
     generator: torch.Generator,
     interpolation: float = 1.0,
     frozen: frozenset[str] = frozenset(),
+    never_worse: bool = False,
     report: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> Adapted:
     """Fit a unit to the targets of all sources at once, from the parameters it has.
 
-    Anchors and targets lie on the device throughout, batches are drawn by the host without asking the device, and the
+    Examples and targets lie on the device throughout, batches are drawn by the host without asking the device, and the
     host looks at the loss once in ten epochs.
 
     Args:
@@ -145,6 +182,8 @@ def adapt_unit(
         interpolation: how far to go from the start (0) to the end (1) in what is stepped on; the loss after is measured
             there.
         frozen: names of parameters that stay as they are.
+        never_worse: go back to the start where the distance to all targets is not smaller in the end: a unit that has
+            what it shall match would otherwise follow rounding noise.
         report: called with (epoch, loss) now and then.
 
     Raises:
@@ -156,17 +195,13 @@ def adapt_unit(
     parameters = list(moving.values())
     followed = {name: own for name, own in products.items() if name in moving}
     stepper = Stepper(moving, followed, moves.scales, learning_rate)
-    start = stepper.values() if interpolation < 1 else []
-
-    def run(x: Tensor) -> Tensor:
-        return call(module, x)
-
-    before = objective.mean(run, batch_size)
+    start = stepper.values() if interpolation < 1 or never_worse else []
+    before = mean_distance(objective, module, call, batch_size)
     total = epochs * -(-len(objective) // batch_size)
     for epoch in range(epochs):
-        summed = torch.zeros((), device=objective.anchors.device)
+        summed = torch.zeros((), device=objective.device)
         for batch in objective.batches(torch.randperm(len(objective), generator=generator), batch_size):
-            loss = objective.loss(run(objective.anchors[batch.rows]), batch)
+            loss = objective.evaluate(module, call, batch)
             rate = 1.0 if schedule == "constant" else 1 - stepper.steps / total
             stepper.step(torch.autograd.grad(loss, parameters, materialize_grads=True), rate)
             summed += loss.detach()
@@ -177,7 +212,10 @@ def adapt_unit(
             report(epoch + 1, current)
     if interpolation < 1:
         stepper.draw_back(start, interpolation)
-    after = objective.mean(run, batch_size)
+    after = mean_distance(objective, module, call, batch_size)
+    if never_worse and not after < before:
+        stepper.draw_back(start, 0.0)
+        after = before
     plain = {name: value.detach().cpu() for name, value in everything.items() if name not in products}
     factors = {name: own.product.to("cpu", torch.float32) for name, own in products.items()}
     return Adapted(plain, factors, before, after)

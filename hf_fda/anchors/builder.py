@@ -43,8 +43,7 @@ class AnchorBuilder:
 
     def load(self, read: Callable[[str], Tensor], unit: Unit) -> nn.Module:
         """A unit on the device in float32, its tensors read by `read` from the base's names."""
-        tensors = {name: read(name).to(self.device, torch.float32) for name in unit.tensors}
-        return make_unit(self.base.layout, unit, tensors, self.device)
+        return load_unit(self.base.layout, read, unit, self.device)
 
     def build(
         self,
@@ -85,6 +84,19 @@ class AnchorBuilder:
             if ids.shape[-1] == tokens and table.shape[1] == size:
                 return table[ids.view(-1)[:tokens]].to(self.device, torch.float32)
         return None
+
+
+def load_unit(layout: ModelLayout, read: Callable[[str], Tensor], unit: Unit, device: torch.device) -> nn.Module:
+    """A unit on a device in float32.
+
+    Args:
+        layout: the base's.
+        read: gives a tensor by the base's name of it.
+        unit: which.
+        device: where.
+    """
+    tensors = {name: read(name).to(device, torch.float32) for name in unit.tensors}
+    return make_unit(layout, unit, tensors, device)
 
 
 def linear_weights(layout: ModelLayout, unit: Unit, module: nn.Module) -> list[Tensor]:

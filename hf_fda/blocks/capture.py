@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,34 @@ from transformers import PreTrainedModel
 
 from hf_fda.blocks.discovery import Unit, example_inputs, find_blocks
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.checkpoint.layout import meta_model
+from hf_fda.checkpoint.layout import ModelLayout, meta_model
+
+
+class Weights(Protocol):
+    """What a model runs with: its layout, and its tensors by name."""
+
+    @property
+    def layout(self) -> ModelLayout:
+        """Of the model."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the tensors that there are."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        ...
 
 
 @dataclass
 class UnitCall:
     """Everything a unit is called with beside its hidden states.
 
-    Calling it with the unit's module and x (n, T, d) gives the unit's output (n, T, d').
+    Calling it with the unit's module and x (n, T, d) gives the unit's output (n, T, d'). An argument that is `batched`
+    belongs to rows: it is there once for all rows, or for each of them (then `at` chooses). `along` says which of each
+    argument's dimensions run over positions; None where that is not known, and the call cannot be cut.
     """
 
     arguments: Any = ((None,), {})
@@ -30,12 +50,33 @@ class UnitCall:
     hidden: int | str = 0
     size: int | None = None
     tokens: int | None = None
+    along: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, dtype: torch.dtype) -> UnitCall:
         """The same call with its floating-point arguments in another type."""
         leaves, tree = tree_flatten(self.arguments)
         cast = [leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
         return dataclasses.replace(self, arguments=tree_unflatten(cast, tree))
+
+    def at(self, rows: Tensor) -> UnitCall:
+        """The call of some rows, (b,) numbers on the device."""
+        if not any(self.batched):
+            return self
+        leaves, tree = tree_flatten(self.arguments)
+        chosen = [
+            leaf[rows] if batched and len(leaf) > 1 else leaf
+            for leaf, batched in zip(leaves, self.batched, strict=True)
+        ]
+        return dataclasses.replace(self, arguments=tree_unflatten(chosen, tree))
+
+    def cut(self, positions: int) -> UnitCall:
+        """The call on the first positions only."""
+        assert self.along is not None
+        leaves, tree = tree_flatten(self.arguments)
+        for number, dimensions in enumerate(self.along):
+            for dimension in dimensions:
+                leaves[number] = leaves[number].narrow(dimension, 0, positions)
+        return dataclasses.replace(self, arguments=tree_unflatten(leaves, tree))
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run `module` on x (n, T, d)."""
@@ -123,7 +164,7 @@ def _recorder(seen: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any]
     return record
 
 
-def stream_weights(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> None:
+def stream_weights(model: PreTrainedModel, checkpoint: Weights, device: torch.device) -> None:
     """Make a meta model runnable with little memory: a block, or a module outside the blocks, holds its weights only
     while it runs.
 
@@ -145,13 +186,13 @@ def stream_weights(model: PreTrainedModel, checkpoint: Checkpoint, device: torch
             continue
         loader, dropper = _weight_hooks(path, module, checkpoint, tied, device, recurse=whole)
         module.register_forward_pre_hook(loader, prepend=True)
-        module.register_forward_hook(dropper)
+        module.register_forward_hook(dropper, always_call=True)
 
 
 def _weight_hooks(
     path: str,
     module: nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     tied: dict[str, str],
     device: torch.device,
     recurse: bool,

@@ -1,4 +1,4 @@
-"""What learning coefficients needs in memory, from shapes alone."""
+"""What learning coefficients needs in memory, from headers and shapes alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+import torch
+
 from hf_fda.blocks import find_blocks
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.costs import outputs
 from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs
-from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.merge_methods.learned import LearnedConfig, TaskVectorForm
 from hf_fda.merge_methods.looking import RowsConfig
 
 KEPT = 3.5
@@ -30,27 +32,58 @@ def learning_bytes(inputs: Inputs, config: LearnedConfig, names: Sequence[str], 
         names: the base's names of what is merged.
         rows: of data, by task.
     """
-    base, sources = inputs.base, inputs.weighted
-    entries = {name: prod(base.shape(name)) for name in names}
-    merged = 4 * sum(entries.values())
-    stored = sum(count * base.dtype(name).itemsize for name, count in entries.items())
-    tasks = sum(_task_bytes(config, source, name, base) for source in sources for name in names)
+    sources = inputs.weighted
+    held = held_bytes(inputs.base, sources, names, config.task_vectors)
     heads = 4 * sum(prod(source.checkpoint.shape(name)) for source in sources for name in source.extra)
-    gradient = 4 * 2 * max(entries.values(), default=0)  # tied embeddings hold that of their first use meanwhile
-    held = merged + (0 if config.task_vectors == "disk" else stored) + tasks + heads
-    alone = max(4 * sum(prod(source.checkpoint.shape(n)) for n in source.checkpoint.names) for source in sources)
+    # Tied embeddings hold the gradient of their first use until that of the other is there
+    gradient = 4 * 2 * max((prod(inputs.base.shape(name)) for name in names), default=0)
+    alone = max(4 * sum(prod(own.checkpoint.shape(name)) for name in own.checkpoint.names) for own in sources)
     activations = max((_activation_bytes(inputs, config, own) for own in rows.values()), default=0)
-    return max(held + gradient + activations, alone + activations // 2)
+    return max(held + heads + gradient + activations, alone + activations // 2)
 
 
-def _task_bytes(config: LearnedConfig, source: AlignedSource, name: str, base: Checkpoint) -> int:
-    """Bytes of a source's task vector of one tensor, as it is held."""
-    if not source.may_move(name):
-        return 0
-    shape, rank = base.shape(name), source.rank(name)
-    if rank is not None:
-        return 4 * rank * (shape[0] + prod(shape[1:]))
-    return prod(shape) * {"float32": 4, "bfloat16": 2, "disk": 0}[config.task_vectors]
+def held_bytes(
+    base: Checkpoint,
+    sources: Sequence[AlignedSource],
+    names: Sequence[str],
+    form: TaskVectorForm = "float32",
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes that `MergedParameters` of the same arguments holds at most, beside one tensor's gradient.
+
+    At most, since a task vector may turn out to be zero, and is then not held. The tasks' heads, the activations of a
+    minibatch and what libraries take come on top.
+
+    Args:
+        base: theta_0.
+        sources: K sources.
+        names: the base's names of the tensors to merge.
+        form: how dense task vectors are held.
+        dtype: type of the merged tensors.
+    """
+    rounded = torch.bfloat16 if form == "bfloat16" else dtype
+    total = 0
+    for name in names:
+        stored, shape = base.dtype(name), base.shape(name)
+        size = prod(shape)
+        moving = [source for source in sources if source.may_move(name)] if stored.is_floating_point else []
+        total += size * (dtype if stored.is_floating_point else stored).itemsize
+        total += size * stored.itemsize if moving and form != "disk" else 0
+        for source in moving:
+            entries = _entries_of_factors(source.rank(name), shape)
+            if entries is not None and entries < size:
+                total += entries * dtype.itemsize
+            elif form != "disk":
+                total += size * rounded.itemsize
+    return total
+
+
+def _entries_of_factors(rank: int | None, shape: tuple[int, ...]) -> int | None:
+    """Entries of two factors of a matrix, of a stack of matrices, or of a convolution's tensor seen as a matrix."""
+    if rank is None:
+        return None
+    *stack, rows, columns = (shape[0], prod(shape[1:])) if len(shape) == 4 else shape
+    return prod(stack) * rank * (rows + columns)
 
 
 def longest_row(inputs: Inputs, config: RowsConfig) -> int:

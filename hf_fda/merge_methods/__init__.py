@@ -8,6 +8,7 @@ from hf_fda.merge_methods import (  # noqa: F401  (each registers itself)
     cat,
     dare,
     della,
+    distill,
     divmerge,
     fda,
     fisher,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from hf_fda.errors import InputError, nearest
-from hf_fda.merge_methods.config import MethodConfig, Scope, option, with_source_names
+from hf_fda.merge_methods.config import LooksAt, MethodConfig, Scope, option, with_source_names
 from hf_fda.merge_methods.registry import method_class, register_config
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 
 Family = Literal["vision", "encoder", "decoder"]
 Distance = Literal["cosine", "mse", "mae"]
@@ -17,6 +16,7 @@ AdaptationDistance = Literal["shift", "cosine", "mse", "mae"]
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["highest", "high", "medium"]
 Schedule = Literal["constant", "linear"]
+WithData = Literal["states", "mixed"]
 Parametrization = Literal["coefficients", "parameters", "factors"]
 
 CONSTRUCTION_FIELDS = (
@@ -45,13 +45,14 @@ COEFFICIENT_STEP = 3e-2
 
 
 @dataclass(frozen=True, kw_only=True)
-class FDAConfig(MethodConfig):
+class FDAConfig(UnitwiseConfig):
     """Options of `fda`. What is None is chosen for the kind of model (`for_family`)."""
 
     name: ClassVar[str] = "fda"
     summary: ClassVar[str] = "match every source's blocks on anchors built from its weights alone"
     paper: ClassVar[str] = "Functional dual anchors, arXiv 2510.21223"
     scope: ClassVar[Scope] = "tensor"
+    data: ClassVar[LooksAt] = "may"
 
     initial: str | MethodConfig | None = option(
         None,
@@ -63,9 +64,6 @@ class FDAConfig(MethodConfig):
         None,
         "what lies outside the blocks: base, or a parameter-space method; "
         "none: task_arithmetic, or base where a source is anchors only",
-    )
-    unit: tuple[str, ...] | None = option(
-        None, "block, or the submodules of a block to merge one by one, such as mlp; by kind of model"
     )
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
     num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
@@ -114,48 +112,14 @@ class FDAConfig(MethodConfig):
         "of the rest, and where full rank is allowed); "
         "none: coefficients, factors where an adapter is written, parameters where a source is anchors only",
     )
+    with_data: WithData = option(
+        "states",
+        "what adaptation matches for a source with rows of data: the real hidden states of its blocks in place of "
+        "anchors, which are not constructed then; or mixed: both",
+    )
     batch_size: int | None = option(
         None, "anchors per adaptation step; none: 128, or a quarter of num_anchors where that is more", minimum=1
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.unit == ():
-            raise InputError("method 'fda': option 'unit' is empty; say 'block' or a submodule such as 'mlp'")
-        for role in ("initial", "rest"):
-            value = getattr(self, role)
-            if isinstance(value, str) and value != "base":
-                value = method_class(value)()
-                object.__setattr__(self, role, value)
-            if isinstance(value, FDAConfig) or (isinstance(value, MethodConfig) and value.data == "must"):
-                raise InputError(f"method 'fda': {role} must be 'base' or a method that looks at weights alone")
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> FDAConfig:
-        """As `MethodConfig.from_options`; options that `fda` lacks go to the `initial` method.
-
-        `initial` and `rest` may also be mappings: ``{"method": "tsv", "scaling": 1.2}``.
-        """
-        own = cls.option_fields()
-        mine: dict[str, Any] = {name: value for name, value in options.items() if name in own}
-        others = {name: value for name, value in options.items() if name not in own}
-        for role in ("initial", "rest"):
-            if isinstance(mine.get(role), Mapping):
-                nested = dict(mine[role])
-                mine[role] = method_class(nested.pop("method", "")).from_options(nested)
-        initial = mine.get("initial", "base")
-        if others and isinstance(initial, str) and initial != "base":
-            theirs = method_class(initial).option_fields()
-            for name in others:
-                if name not in theirs:
-                    hint = nearest(name, [*own, *theirs])
-                    raise InputError(f"neither 'fda' nor its initial method '{initial}' has an option '{name}': {hint}")
-            mine["initial"] = method_class(initial).from_options(others)
-        elif others:
-            name = next(iter(others))
-            note = "" if isinstance(initial, MethodConfig) else " (options of another method need initial=METHOD)"
-            raise InputError(f"method 'fda' has no option '{name}'{note}: {nearest(name, own)}")
-        return cls(**mine)
 
     def for_family(self, family: Family, hidden_size: int) -> FDAConfig:
         """The config with every open option filled in for this kind of model.

@@ -1,0 +1,124 @@
+"""One unit of a merge by layer-wise distillation (ProDistill, arXiv 2502.12706)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_fda.adapting import move_to_start
+from hf_fda.anchors import Adapted, adapt_unit
+from hf_fda.anchors.builder import load_unit
+from hf_fda.anchors.metric import shift_metric
+from hf_fda.blocks import Unit, UnitCall
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.layout import ModelLayout
+from hf_fda.errors import RunError
+from hf_fda.merge_methods.distill import DistillConfig
+from hf_fda.plans import Plan
+from hf_fda.progress import logger
+from hf_fda.randomness import random_stream
+from hf_fda.states.objective import Examples, StatesObjective, outputs
+from hf_fda.states.unit_states import UnitStates
+from hf_fda.streaming.taskvectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a unit learns from one source: the hidden states that it takes on the source's rows in the source itself,
+    and in the merged model."""
+
+    source: AlignedSource
+    own: UnitStates
+    merged: UnitStates
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """The merged model as far as it is made, in the form of one source's: of what is the source's own, that.
+
+    Args:
+        source: whose form, and whose head.
+        merged: gives a merged tensor by the base's name.
+    """
+
+    source: AlignedSource
+    merged: Callable[[str], Tensor]
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The source's."""
+        return self.source.checkpoint.layout
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The source's."""
+        return self.source.checkpoint.names
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by the source's name."""
+        own = {theirs: base_name for base_name, theirs in self.source.tensor_of.items()}.get(name)
+        return self.source.checkpoint.read(name) if own is None else self.merged(own)
+
+
+def distilled_unit(
+    plan: Plan,
+    vectors: TaskVectors,
+    unit: Unit,
+    lessons: Sequence[Lesson],
+    report: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> dict[str, Tensor]:
+    """The tensors of one merged unit by the base's names, in float32 on the CPU.
+
+    Args:
+        plan: of a merge by "distill".
+        vectors: reads base and sources.
+        unit: which.
+        lessons: of every source that has it.
+        report: called with (epoch, loss) now and then.
+
+    Raises:
+        RunError: naming the unit, when the loss becomes infinite or not a number.
+    """
+    config = plan.config
+    assert isinstance(config, DistillConfig) and config.distance is not None
+    base = plan.inputs.base
+    try:
+        aim = StatesObjective(config.distance, [_examples(base, unit, config, own, plan.device) for own in lessons])
+        module = load_unit(base.layout, base.read, unit, plan.device)
+        moves = move_to_start(config, module, unit, vectors, {}, torch.float64)
+        found: Adapted = adapt_unit(
+            module,
+            UnitCall(),
+            aim,
+            moves,
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            schedule=config.schedule,
+            batch_size=config.batch_size,
+            generator=random_stream(plan.seed, "batches", unit.name),
+            frozen=frozenset(name for name, _ in module.named_parameters() if name not in (moves.scales or {})),
+            never_worse=True,
+            report=report,
+        )
+    except RunError as error:
+        raise RunError(f"block '{unit.name}': {error}") from None
+    logger.debug("%s: distance %.4g before, %.4g after", unit.name, found.loss_before, found.loss_after)
+    return {f"{unit.name}.{path}": value for path, value in found.parameters.items()}
+
+
+def _examples(base: Checkpoint, unit: Unit, config: DistillConfig, lesson: Lesson, device: torch.device) -> Examples:
+    """What a unit shall do for one source: take the merged model's hidden states, give the source's outputs on its own.
+
+    The metric of "shift" is of the source's shift from the base on the source's own hidden states.
+    """
+    own, merged = lesson.own.to(device), lesson.merged.to(device)
+    targets = outputs(load_unit(base.layout, lesson.source.read, unit, device), own.inputs, own.call)
+    if config.distance != "shift":
+        return Examples(merged.inputs, targets, merged.call)
+    before = outputs(load_unit(base.layout, base.read, unit, device), own.inputs, own.call)
+    factor = shift_metric(targets.values[:-1] - before.values[:-1], config.metric_power)
+    return Examples(merged.inputs, targets, merged.call, factor)

@@ -1,0 +1,177 @@
+"""How far a unit is from what its sources do, on real hidden states, on anchors, or on both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_fda.anchors.distance import distance
+from hf_fda.anchors.metric import shift_metric
+from hf_fda.blocks.capture import UnitCall
+from hf_fda.errors import RunError
+from hf_fda.merge_methods.fda import AdaptationDistance
+from hf_fda.states.unit_states import Ragged, UnitStates
+
+FORWARD = 256
+"""Rows that run together where nothing is learned."""
+
+WINDOW = 4
+"""Parts of rows that are sorted by length among each other."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a unit shall do for one source: n rows of inputs, the call that belongs to them, and the source's outputs.
+
+    `factor` is the metric of errors (d', d') of distance "shift".
+    """
+
+    inputs: Ragged
+    targets: Ragged
+    call: UnitCall
+    factor: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def output(self, module: nn.Module, rows: Tensor, positions: int | None = None) -> Tensor:
+        """What a unit gives on some rows, or on their first positions: (b, T, d')."""
+        call = self.call if positions is None else self.call.cut(positions)
+        return call.at(rows)(module, self.inputs.at(rows, positions))
+
+    def reach(self, rows: Tensor) -> int | None:
+        """How many positions a call on some rows needs; None for all.
+
+        Args:
+            rows: (b,) numbers, on the CPU.
+        """
+        return None if self.call.along is None else int(self.inputs.lengths[rows].max())
+
+
+@torch.no_grad()
+def outputs(module: nn.Module, inputs: Ragged, call: UnitCall) -> Ragged:
+    """What a unit gives on all rows, at their real positions."""
+    parts = torch.arange(len(inputs), device=inputs.places.device).split(FORWARD)
+    found = [call.at(rows)(module, inputs.at(rows))[inputs.real_at(rows)] for rows in parts]
+    return Ragged.of(torch.cat(found), inputs.real)
+
+
+def shown(base: nn.Module, source: nn.Module, states: UnitStates, power: float | None) -> Examples | None:
+    """The examples of one source on real hidden states; None where it does there what the base does.
+
+    Args:
+        base: the base's unit, which gives the shift.
+        source: the source's unit.
+        states: of the source, on the device of both.
+        power: of the metric of distance "shift" (`shift_metric`); None for another distance.
+    """
+    return matched(base, states.inputs, states.call, outputs(source, states.inputs, states.call), power)
+
+
+def matched(base: nn.Module, inputs: Ragged, call: UnitCall, targets: Ragged, power: float | None) -> Examples | None:
+    """As `shown`, where the targets are known."""
+    shift = targets.values[:-1] - outputs(base, inputs, call).values[:-1]
+    if not bool(shift.any()):
+        return None
+    return Examples(inputs, targets, call, None if power is None else shift_metric(shift, power))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a batch has of one source: the number of its examples, rows (b,) of these on the device, and how many of
+    their positions there are (None: all)."""
+
+    number: int
+    rows: Tensor
+    positions: int | None
+
+
+def alike(rows: Tensor, lengths: Tensor, count: int) -> list[Tensor]:
+    """Rows in about equal parts of similar lengths, in random order where the rows are in one.
+
+    Runs of `WINDOW` parts are sorted by length, and the parts then come in the order of their first rows.
+
+    Args:
+        rows: (n,) numbers, on the CPU.
+        lengths: of all rows.
+        count: how many parts there are at most.
+    """
+    size = -(-len(rows) // count)
+    place = {row: number for number, row in enumerate(rows.tolist())}
+    parts: list[Tensor] = []
+    for window in rows.split(size * WINDOW):
+        parts += window[lengths[window].argsort(stable=True)].split(size)
+    return sorted(parts, key=lambda part: place[int(part[0])])
+
+
+class StatesObjective:
+    """How far a unit's outputs are from the targets of all sources, on rows of different lengths.
+
+    Only real positions count. A row counts by its positions against the mean number of its examples, so that in the
+    metric of a shift the base's own unit costs 1 a row for every source, as it does on anchors.
+
+    Args:
+        kind: "shift", "cosine", "mse" or "mae", as `hf_fda.anchors.Objective`.
+        examples: of all sources; of one there may be several (on its anchors, and on its rows).
+
+    Raises:
+        RunError: when inputs or targets are not finite.
+    """
+
+    def __init__(self, kind: AdaptationDistance, examples: Sequence[Examples]) -> None:
+        self.kind: AdaptationDistance = kind
+        self.examples = list(examples)
+        for own in self.examples:
+            if not bool(own.inputs.values.isfinite().all()) or not bool(own.targets.values.isfinite().all()):
+                raise RunError("hidden states or targets are not finite; check the sources' weights and rows")
+        self.source = torch.repeat_interleave(torch.tensor([len(own) for own in self.examples]))
+        self.row = torch.cat([torch.arange(len(own)) for own in self.examples])
+        self.device = self.examples[0].inputs.values.device
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def divisor(self) -> int:
+        """What the summed distance is divided by for its mean: rows, or entries for "mse" and "mae"."""
+        if self.kind in ("mse", "mae"):
+            return sum(own.targets.count * own.targets.values.shape[-1] for own in self.examples)
+        return len(self)
+
+    def batches(self, order: Tensor, batch_size: int) -> list[list[Share]]:
+        """Rows in some order, cut into batches that all sources have their shares in; each share has rows of similar
+        lengths, so that little is computed on what rows are filled up with."""
+        count = -(-len(self) // batch_size)
+        found: list[list[Share]] = [[] for _ in range(count)]
+        for number, own in enumerate(self.examples):
+            parts = alike(self.row[order[self.source[order] == number]], own.inputs.lengths, count)
+            for place, part in enumerate(parts):
+                found[place * count // len(parts)].append(Share(number, part.to(self.device), own.reach(part)))
+        return [batch for batch in found if batch]
+
+    def evaluate(self, module: nn.Module, call: UnitCall, batch: Sequence[Share]) -> Tensor:
+        """The distance summed over a batch (over all entries, for "mse" and "mae").
+
+        Args:
+            module: the unit.
+            call: unused: each source's examples have their own.
+            batch: from `batches`.
+        """
+        return torch.stack([self._distance(module, share) for share in batch]).sum()
+
+    def _distance(self, module: nn.Module, share: Share) -> Tensor:
+        own, rows, positions = self.examples[share.number], share.rows, share.positions
+        output, target = own.output(module, rows, positions), own.targets.at(rows, positions)
+        real = own.targets.real_at(rows, positions)
+        if self.kind == "cosine":
+            return distance("cosine", output * real[..., None], target) * len(rows)
+        error = (output - target)[real]
+        if self.kind == "mae":
+            return error.abs().sum()
+        if self.kind == "mse":
+            return error.square().sum()
+        assert own.factor is not None
+        return (error @ own.factor).square().sum() * (len(own) / own.targets.count)

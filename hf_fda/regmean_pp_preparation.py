@@ -33,7 +33,9 @@ from hf_fda.statistics.grams import GramFiles, gram_of
 from hf_fda.statistics.layers import path_in
 from hf_fda.statistics.states import KeptStates
 from hf_fda.store import key_of
+from hf_fda.streaming.merging_tensors import TensorMerger
 from hf_fda.streaming.tensorwise import apply_method
+from hf_fda.streaming.workers import Workers
 from hf_fda.version import versions
 from hf_fda.writing_targets import writing_pieces
 
@@ -168,10 +170,11 @@ class RegMeanPlusPreparation(Preparation):
 
     def _merged(self, name: str) -> Tensor:
         """One of the base's tensors as it is merged, in float32."""
-        base = self.base.read(name).float()
         if name in self.step_of:
+            base = self.base.read(name).float()
             return base + self._task(name, slice(0, base.numel())).view_as(base)
-        return base + self.run.vectors.merged_task(name, self.configs[name].mean())
+        with Workers() as workers:
+            return TensorMerger(self.run.vectors, workers).merged(name, self.configs[name].mean(), torch.float32)
 
     def _merged_before(self, name: str) -> Tensor:
         """As `_merged`, of what lies before the blocks, which every source needs in every step."""

@@ -72,7 +72,7 @@ def test_regmean_solves_every_layer_and_averages_the_rest(classifiers: Any, tmp_
                 for model, rows in zip(models, rows_for(sources).values(), strict=True)
             ]
             config = RegMeanConfig(weights=weights, off_diagonal=0.8)
-            solved = regmean(tasks, [x.mT @ x for x in inputs], config)
+            solved = regmean(tasks, [x.mT @ x / len(x) for x in inputs], config)
             assert not torch.allclose(solved, task, atol=1e-4)
             task = solved
         torch.testing.assert_close(tensor, (theta[name] + task).float(), rtol=1e-4, atol=2e-6)
@@ -95,7 +95,7 @@ def test_regmean_pp_merges_each_block_on_what_the_merged_ones_before_give(classi
                 inputs_of(m, rows, path).double() for m, rows in zip(models, rows_for(sources).values(), strict=True)
             ]
             tasks = [(tensors[name] - theta[name]).double() for tensors in own]
-            solved = regmean(tasks, [x.mT @ x for x in inputs], RegMeanConfig())
+            solved = regmean(tasks, [x.mT @ x / len(x) for x in inputs], RegMeanConfig())
             torch.testing.assert_close(merged[name], (theta[name] + solved).float(), rtol=1e-3, atol=2e-5)
 
 

@@ -36,8 +36,8 @@ class FisherConfig(WeightedConfig, RowsConfig):
         True, "divide each source's Fisher information by its norm over all that is merged, so that none drowns others"
     )
     floor: float = option(
-        1e-6,
-        "the least Fisher information that an entry has; where all have less the mean of the sources is taken",
+        0.0,
+        "the least Fisher information that an entry has; where all have less, the mean is taken",
         minimum=0,
     )
 

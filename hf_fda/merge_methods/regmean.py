@@ -35,7 +35,7 @@ class RegMeanConfig(WeightedConfig, RowsConfig):
         maximum=1,
     )
     normalize: bool = option(
-        False, "divide each source's Gram matrices by its number of tokens, so that longer rows do not count more"
+        True, "divide each source's Gram matrices by its number of tokens, so that longer rows do not count more"
     )
 
     def __post_init__(self) -> None:
@@ -60,6 +60,7 @@ class RegMeanPlusConfig(RegMeanConfig):
     name: ClassVar[str] = "regmean_pp"
     summary: ClassVar[str] = "RegMean block by block, on inputs that the blocks merged before give (RegMean++)"
     paper: ClassVar[str] = "RegMean++, arXiv 2508.03121"
+    scope: ClassVar[Scope] = "entry"  # when weights are written, every layer is merged already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,6 @@ class FoundRegMean(RegMeanPlusConfig):
 
     `read` gives some of the merged task tensor's flattened entries; `entries` says which are wanted, None all.
     """
-
-    scope: ClassVar[Scope] = "entry"
 
     read: Any = None
     entries: slice | None = None
@@ -133,6 +132,7 @@ def regmean(tasks: Sequence[Tensor], grams: Iterable[Tensor], config: RegMeanCon
         held.mul_(weight * config.off_diagonal).diagonal().copy_(weight * diagonal)
         gram += held
         target += (task - mean).to(exact) @ held
+        del own, held
     return mean + solve_right(target, gram, len(gram) * precision).to(mean.dtype)
 
 
@@ -146,7 +146,7 @@ def solve_right(target: Tensor, gram: Tensor, tolerance: float) -> Tensor:
     """
     scale = gram.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0)
-    scaled = gram * inverse * inverse[:, None]
+    scaled = (gram * inverse).mul_(inverse[:, None])
     scaled.diagonal().fill_(1)  # an input that is always zero: its row, column and target are zero
     factor, failed = torch.linalg.cholesky_ex(scaled)
     del scaled

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.data.rows import TaskRows
@@ -42,14 +44,15 @@ def diagonal_fisher(
     Returns:
         F in float32 on the CPU by the base's names, and under `SQUARES` the sum of its squares.
     """
-    model = source_model(source, device)
+    model: Any = source_model(source, device)
     parameters = dict(model.named_parameters())
     sums: dict[str, Tensor] = {}
+    hooks: list[RemovableHandle] = []
     for name in names:
         if name in source.tensor_of and parameters[source.tensor_of[name]].is_floating_point():
             parameter = parameters[source.tensor_of[name]]
             sums[name] = torch.zeros_like(parameter)
-            parameter.requires_grad_(True).register_post_accumulate_grad_hook(_adder(sums[name]))
+            hooks.append(parameter.requires_grad_(True).register_post_accumulate_grad_hook(_adder(sums[name])))
     for row in range(len(rows)):
         batch = rows.batch([row]).to(device)
         logits = logits_of(model, batch)
@@ -57,6 +60,9 @@ def diagonal_fisher(
         for number, direction in enumerate(along):
             logits.backward(direction, retain_graph=number + 1 < len(along))
         report(row)
+    for hook in hooks:
+        hook.remove()
+    model.to("meta")  # modules refer to each other and live on for a while, but not with their weights
     found = {name: own.div_(len(rows)).cpu() for name, own in sums.items()}
     squares = sum((own.double().square().sum() for own in found.values()), torch.zeros((), dtype=torch.float64))
     return {**found, SQUARES: squares}

@@ -48,7 +48,8 @@ def following_grams(
     Returns:
         the Gram matrices (`GramSums.tensors`) and what is now to be kept (`state_tensors`).
     """
-    model = streamed_model(HeldView(source.checkpoint, None, merged), device)
+    held = HeldView(source.checkpoint, None, merged)
+    model = streamed_model(held, device)
     paths = {name: source.tensor_of[name].rpartition(".")[0] for name in weights if name in source.tensor_of}
     positions = Positions(model)
     sums = GramSums({name: (path, model.get_submodule(path)) for name, path in paths.items()}, positions)
@@ -71,6 +72,8 @@ def following_grams(
         report(number)
 
     run_batches(model, rows, device, positions, before, after)
+    held.forget()
+    states.clear()
     return {**sums.tensors(), **found}
 
 

@@ -16,9 +16,10 @@ from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.fisher import FisherConfig
 from hf_fda.merge_methods.looking import RowsConfig
 from hf_fda.merge_methods.regmean import RegMeanConfig, RegMeanPlusConfig
-from hf_fda.statistics.layers import gram_bytes, group_layers, layer_weights
+from hf_fda.statistics.layers import d_in, gram_bytes, group_layers, layer_weights
 from hf_fda.statistics.passes import TOKENS
 from hf_fda.statistics.reading import HELD_BYTES
+from hf_fda.streaming.footprint import AROUND
 
 
 def statistics_bytes(
@@ -53,7 +54,8 @@ def _following(
     inputs: Inputs, config: RegMeanPlusConfig, names: Sequence[str], rows: Mapping[str, OpenedData]
 ) -> tuple[int, int]:
     """Gram matrices of a step, the weights of two blocks and of what is outside of blocks, what they compute, and one
-    source's states; on the disk two steps of all sources, and the merged layers."""
+    source's states; or a layer that is solved for, where that is more. On the disk two steps of all sources, and the
+    merged layers."""
     base, sources = inputs.base, len(inputs.weighted)
     layers = layer_weights(base, names)
     where = regions(base.layout)
@@ -63,22 +65,33 @@ def _following(
         max((_count(own, config) for own in rows.values()), default=0) * longest_row(inputs, config) * width(base) * 4
     )
     merged = _bytes(base, layers, itemsize=4)
-    return grams + outside + _running(inputs, config) + states, 2 * sources * (grams + states) + merged
+    solving = max((_solving(base, config, name, sources) for name in layers), default=0)
+    return max(grams + outside + _running(inputs, config) + states, outside + solving), 2 * sources * (
+        grams + states
+    ) + merged
+
+
+def _solving(base: Checkpoint, config: RegMeanPlusConfig, name: str, sources: int) -> int:
+    """Bytes that merging a layer takes, with all of its step that is merged already."""
+    weight, width_in = prod(base.layout.shapes[name]), d_in(base, name)
+    return 4 * weight * (3 * sources + 8) + config.extra_bytes((weight // width_in, width_in))
 
 
 def _fisher(
     inputs: Inputs, config: FisherConfig, names: Sequence[str], rows: Mapping[str, OpenedData]
 ) -> tuple[int, int]:
-    """A whole source, as many sums, one gradient (tied embeddings hold that of their first use meanwhile) and the
-    activations of a row."""
+    """A whole source, as many sums, the activations of a row and the largest gradient: it is copied while the graph is
+    kept, and tied embeddings hold that of their first use meanwhile."""
     base = inputs.base
     whole = max(_bytes(own.checkpoint, own.checkpoint.names, itemsize=4) for own in inputs.weighted)
-    gradient = 2 * max((_bytes(base, [name], itemsize=4) for name in names), default=0)
+    gradient = 3 * max((_bytes(base, [name], itemsize=4) for name in names), default=0)
     text: Any = base.layout.config.get_text_config()
     answers = int(getattr(text, "vocab_size", 0)) * 8 if any(own.kind == "tokens" for own in rows.values()) else 0
     each = KEPT * outputs(base, base.names) + answers
     information = _bytes(base, names, itemsize=4)
-    return whole + information + gradient + int(4 * longest_row(inputs, config) * each), len(rows) * information
+    return AROUND + whole + information + gradient + int(4 * longest_row(inputs, config) * each), len(
+        rows
+    ) * information
 
 
 def _running(inputs: Inputs, config: RowsConfig) -> int:

@@ -44,10 +44,11 @@ class GramSums:
     def tensors(self) -> dict[str, Tensor]:
         """What is saved: by a weight's name the sum (d_in, d_in), and with `.tokens` the number of its inputs; of a
         weight that shares the sum of another one, with `.as` which of these that is, in alphabetical order. A layer
-        that never ran has nothing."""
+        that never ran has nothing. The sums are handed over: nothing of them is kept."""
         order = sorted(self._sums)
         sums = {name: self._sums[name].cpu() for name in order}
         counts = {f"{name}.tokens": torch.tensor(self._counts[name]) for name in order}
+        self._sums.clear()
         follows = {f"{name}.as": torch.tensor(order.index(leader)) for name, leader in sorted(self._follows.items())}
         return {**sums, **counts, **follows}
 

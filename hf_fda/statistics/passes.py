@@ -113,7 +113,8 @@ def input_grams(
         device: where to run.
         report: called with the number of every batch that is done.
     """
-    model = streamed_model(HeldView(source.checkpoint), device)
+    weights = HeldView(source.checkpoint)
+    model = streamed_model(weights, device)
     positions = Positions(model)
     paths = {name: source.tensor_of[name].rpartition(".")[0] for name in group.weights if name in source.tensor_of}
     sums = GramSums({name: (path, model.get_submodule(path)) for name, path in paths.items()}, positions)
@@ -126,4 +127,5 @@ def input_grams(
         report(number)
 
     run_batches(model, rows, device, positions, lambda number: None, after)
+    weights.forget()
     return sums.tensors()

@@ -48,6 +48,10 @@ class HeldView(View):
         tensor = self._held[name]
         return tensor if part is None else tensor.flatten()[part]
 
+    def forget(self) -> None:
+        """Let go of all that is held. A model that reads from here is part of a cycle, which lives on for a while."""
+        self._held.clear()
+
 
 def streamed_model(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
     """A checkpoint's model, of which each block holds its weights only while it runs (`stream_weights`).

@@ -54,7 +54,7 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
         with together(plan.device) as team:
             return run(plan, quiet, team)
     team.agree(lambda: check_disk(plan) if team.main else None)
-    parts = plan.shards if plan.adapter is None else plan.adapter.targets
+    parts = plan.shards if plan.adapter is None else plan.adapter.parts
     counts = 2 * len(plan.shards) if trims_globally(plan.config) else 0
     total = len(plan.constructions) + len(plan.units) + counts + len(parts)
     with Progress(total, quiet or not team.main) as progress:

@@ -17,7 +17,7 @@ from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_sh
 from hf_fda.errors import InputError
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
-from hf_fda.inputs import Inputs, open_inputs
+from hf_fda.inputs import Inputs, open_inputs, with_ties_apart
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.notes import notes_of
 from hf_fda.plans import Plan
@@ -122,6 +122,8 @@ def make_plan(
     """
     check_apart(settings.output, inputs)
     check_vocabulary(settings, inputs)
+    if settings.budget is not None:
+        inputs = with_ties_apart(inputs)
     config = _complete(given, inputs, as_adapter=settings.budget is not None)
     check_trim(config, settings, described)
     units = _units(config, inputs)

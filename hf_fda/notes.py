@@ -31,7 +31,7 @@ def notes_of(
         adapter: the adapter that is written, if one is.
         ranks: of the factors that adaptation steps on.
     """
-    notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(inputs, adapter)]
+    notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(adapter)]
     if not inputs.base.layout.known:
         notes.append(
             f"transformers does not know {inputs.base.layout.model_class.__name__}: it is merged tensor by tensor, by "
@@ -67,18 +67,30 @@ def _stepped_on(ranks: Mapping[str, int]) -> str:
     return f"adaptation steps on thin factors {of_rank} in {len(ranks)} matrices, on coefficients in the rest"
 
 
-def _tied(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
-    """A warning where whole models may have changed two tied tensors, of which an adapter changes one."""
+def _tied(adapter: AdapterPlan | None) -> list[str]:
+    """A warning of factors for what the model ties, which PEFT holds apart only until it merges them."""
     if adapter is None:
         return []
-    targets = {target.base_name for target in adapter.targets}
-    whole = [f"'{own.name}'" for own in inputs.weighted if not isinstance(own.checkpoint, AdapterCheckpoint)]
-    pairs = [(name, other) for other, name in inputs.base.layout.tied.items() if name in targets and whole]
-    said = [
-        f"'{other}' is tied to '{name}': where {few(whole)} changed both, the adapter changes '{name}' alone, a full "
-        "checkpoint both"
-        for name, other in pairs
-    ]
+    said = []
+    for places in adapter.layout.shared.values():
+        changed = [target for target in adapter.targets if target.name in places]
+        factored = [target for target in changed if target.factored]
+        if len(places) == 1 or not factored or (len(factored) == 1 and len(changed) == len(places)):
+            continue
+        alike = len({target.base_name for target in changed}) < len(changed)
+        which = (
+            "the same factors for all of them"
+            if alike
+            else f"factors of its own for {few([repr(own.name) for own in factored])}"
+        )
+        way_out = (
+            "hf_fda.merge(base, [adapter], 'passthrough') does it rightly" if alike else "no tied model is the same"
+        )
+        said.append(
+            f"the model ties {few([repr(place) for place in places])}: the adapter has {which}, which is right as PEFT "
+            "loads it, but PEFT's merge_and_unload() adds all factors to the one weight that is tied, and so makes "
+            f"another model; {way_out}"
+        )
     for line in said:
         logger.warning(line)
     return said

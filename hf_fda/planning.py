@@ -19,7 +19,7 @@ from hf_fda.data.request import Reading
 from hf_fda.errors import InputError
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
-from hf_fda.inputs import Inputs, open_inputs
+from hf_fda.inputs import Inputs, open_inputs, with_ties_apart
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.looking import RowsConfig
@@ -141,6 +141,8 @@ def make_plan(
     check_apart(settings.output, inputs)
     check_rows(given, rows or {})
     check_vocabulary(settings, inputs)
+    if settings.budget is not None:
+        inputs = with_ties_apart(inputs)
     config = _complete(given, inputs, as_adapter=settings.budget is not None)
     check_trim(config, settings, described)
     units = _units(config, inputs)

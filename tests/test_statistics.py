@@ -248,7 +248,7 @@ def test_groups_keep_to_their_bytes_and_hold_every_layer_once(library: Any) -> N
 
 
 def test_a_pass_ends_with_the_last_block_of_its_group(library: Any) -> None:
-    base, (folder, _) = library("bert")
+    base, (_folder, _) = library("bert")
     there = open_checkpoint(base)
     model = there.layout.model
     seen: list[str] = []

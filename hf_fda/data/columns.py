@@ -19,7 +19,7 @@ PAIRS = (
     *(("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("question", "sentence")),
     *(("question", "context"), ("question", "passage"), ("query", "passage"), ("query", "document")),
 )
-IMAGES = (SOLE, "image", "img", "pixels", "picture", "photo")
+IMAGES = (SOLE, "image", "img", "pixels", "pixel_values", "picture", "photo")
 WORDS = ("tokens", "words")
 CHATS = ("messages", "conversations", "conversation")
 JOINED = (("prompt", "completion"),)

@@ -78,6 +78,7 @@ class Continued(Tokenizing):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, taker: Taker, max_length: int, columns: Columns) -> None:
         super().__init__(tokenizer, taker, max_length)
         self.columns = columns
+        tokenizer.truncation_side = "right"  # targets are told by how a text begins
 
     def __call__(self, row: Row) -> EncodedRow | None:
         """One row."""

@@ -207,8 +207,8 @@ def _at_path(given: Given, label: str) -> Table:
         return open_folder(path, given, f"{label} ({text})")
     if path.suffix.lower() in (*TEXT_FILES, ".parquet") or text.startswith((".", "/", "~")):
         beside = sorted(own.name for own in path.parent.iterdir()) if path.parent.is_dir() else []
-        hint = f"; {nearest(path.name, beside)}" if beside else ""
-        raise InputError(f"{label}: there is no file or folder '{text}'{hint if len(beside) < 20 else ''}")
+        hint = f"; {nearest(path.name, beside)}" if 0 < len(beside) < TRIED else ""
+        raise InputError(f"{label}: there is no file or folder '{text}'{hint}")
     if not HUB_ID.fullmatch(text):
         raise InputError(
             f"{label}: there is no file or folder '{text}', and it is no dataset's id either: give {KINDS}"

@@ -16,8 +16,10 @@ from hf_fda.data.opening import OpenedData
 from hf_fda.divergence.footprint import learning_bytes
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.recipes import Output
+from hf_fda.states.footprint import StatesFootprint
 from hf_fda.streaming.footprint import Footprint
 
 
@@ -31,13 +33,22 @@ def peak_memory_bytes(
     adapter: AdapterPlan | None = None,
     ranks: Mapping[str, int] | None = None,
     rows: Mapping[str, OpenedData] | None = None,
+    states: StatesFootprint | None = None,
 ) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
     writing = [Footprint(inputs, result, dtype).peak(shard) for shard in shards]
     stages = writing if adapter is None else [_factor_stage(inputs, adapter)]
+    shown = states is not None and bool(states.vectors)
     if isinstance(config, FDAConfig) and units:
-        stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
-        stages.append(max(adaptation_bytes(inputs, config, unit, ranks or {}) for unit in units))
+        anchored = not shown or config.with_data == "mixed"
+        stages += [construction_bytes(inputs, config, unit) for unit in units if anchored]
+        beside = states.learning(1) if states is not None and shown else 0
+        stages += [adaptation_bytes(inputs, config, unit, ranks or {}, anchored) + beside for unit in units]
+    if isinstance(config, DistillConfig) and states is not None:
+        stages += [distillation_bytes(inputs, unit) + states.learning(2) for unit in units]
+    if states is not None and shown:
+        largest = max(_entries(inputs, unit.tensors) for unit in units)
+        stages.append(states.recording(units) + 4 * largest)
     if isinstance(config, LearnedConfig):
         merged = [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
         stages.append(learning_bytes(inputs, config, merged, rows or {}))
@@ -78,16 +89,19 @@ def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     return entries * 4 * 14 + _activations(inputs, config, unit) * 4 * 8
 
 
-def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit, ranks: Mapping[str, int]) -> int:
+def adaptation_bytes(
+    inputs: Inputs, config: FDAConfig, unit: Unit, ranks: Mapping[str, int], anchored: bool = True
+) -> int:
     """Parameters, gradients, two moments, the step and its scale, the start to stay near to; the tensor that is read
     from all sources, with its decomposition where it is factored; anchors, targets and metrics.
 
     What is factored has of itself the parameter, the base's, the gradient and the product; all else of its factors.
+    Without anchors only the rest.
     """
     largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
     size, tokens = width(inputs.base), (config.num_anchors or 0) * tokens_of(inputs.base, config)
     metric = size * size if config.adaptation_distance == "shift" else 0
-    anchors = len(inputs.sources) * (tokens * size * 2 + metric)
+    anchors = len(inputs.sources) * (tokens * size * 2 + metric) if anchored else 0
     copies = 8 if config.interpolation == 1 else 9
     factored = [name for name in unit.tensors if name in ranks]
     thin = sum(factor_entries(inputs.base.shape(name), ranks[name]) for name in factored)
@@ -95,6 +109,13 @@ def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit, ranks: Mappi
     own = (dense + thin) * copies + _entries(inputs, factored) * 4
     decomposed = max((_entries(inputs, [name]) for name in factored), default=0) * 6
     return (own + largest + decomposed + anchors) * 4
+
+
+def distillation_bytes(inputs: Inputs, unit: Unit) -> int:
+    """Parameters, gradients, two moments, the step and its scale, the start to go back to, the source's and the base's
+    unit; the tensor that is read from all sources in float64. Hidden states come beside."""
+    largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
+    return 4 * (_entries(inputs, unit.tensors) * 11 + 2 * largest)
 
 
 def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
@@ -114,12 +135,15 @@ def disk_bytes(
     units: Sequence[Unit],
     shards: Sequence[Shard],
     adapter: AdapterPlan | None = None,
+    states: StatesFootprint | None = None,
 ) -> int:
     """Bytes the output folder will take, with what is there while it is being made (an adapter: its parts too)."""
     model = sum(shard.nbytes for shard in shards) + (0 if adapter is None else 2 * adapter_bytes(inputs, adapter))
-    if not isinstance(config, FDAConfig):
-        return model
     blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4
+    if states is not None:
+        blocks += states.on_disk(inputs, units)
+    if not isinstance(config, FDAConfig) or (states is not None and states.vectors and config.with_data == "states"):
+        return model + blocks
     tokens = tokens_of(inputs.base, config)
     constructed = sum(source.anchors is None for source in inputs.sources)
     anchors = constructed * len(units) * (config.num_anchors or 0) * tokens * width(inputs.base) * 4 * 2

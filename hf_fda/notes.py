@@ -11,8 +11,10 @@ from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.progress import logger
 from hf_fda.recipes import Output
+from hf_fda.states.footprint import StatesFootprint
 
 
 def notes_of(
@@ -21,6 +23,7 @@ def notes_of(
     result: Output,
     adapter: AdapterPlan | None,
     ranks: Mapping[str, int] | None = None,
+    states: StatesFootprint | None = None,
 ) -> list[str]:
     """What a plan, a card and a log say beside the facts.
 
@@ -30,6 +33,7 @@ def notes_of(
         result: how every tensor of the merged model is made.
         adapter: the adapter that is written, if one is.
         ranks: of the factors that adaptation steps on.
+        states: of methods that match real hidden states, how large these are.
     """
     notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(adapter)]
     if not inputs.base.layout.known:
@@ -53,9 +57,21 @@ def notes_of(
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
     if isinstance(config, FDAConfig) and config.parametrization == "factors":
         notes.append(_stepped_on(ranks or {}))
-    if isinstance(config, FDAConfig) and config.rest == "base":
+    if states is not None and states.vectors:
+        notes.append(_shown(config, states))
+    if isinstance(config, UnitwiseConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
+
+
+def _shown(config: MethodConfig, states: StatesFootprint) -> str:
+    """What the merge does with rows of data, and what its estimates take them to be."""
+    place = "beside" if isinstance(config, FDAConfig) and config.with_data == "mixed" else "in place of"
+    what = f" {place} anchors" if isinstance(config, FDAConfig) else ""
+    return (
+        f"blocks are matched on the real hidden states of rows{what}; memory and disk are those of "
+        f"{states.positions} positions a row"
+    )
 
 
 def _stepped_on(ranks: Mapping[str, int]) -> str:

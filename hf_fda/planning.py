@@ -39,6 +39,7 @@ from hf_fda.refusals import (
     check_wants_data,
 )
 from hf_fda.settings import Settings
+from hf_fda.states.footprint import StatesFootprint
 
 
 def plan(
@@ -158,6 +159,7 @@ def make_plan(
     ranks = adapted_ranks(inputs, units, adapter) if factored else {}
     if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
         config = _complete(replace(given, parametrization="coefficients"), inputs, as_adapter=True)
+    states = StatesFootprint.of(inputs, config, rows or {}) if isinstance(config, UnitwiseConfig) else None
     return Plan(
         inputs=inputs,
         config=config,
@@ -171,10 +173,10 @@ def make_plan(
         heads=settings.heads,
         arguments=record(inputs, config, settings, described, rows),
         peak_memory_bytes=peak_memory_bytes(
-            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks, rows
+            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks, rows, states
         ),
-        disk_bytes=disk_bytes(inputs, config, units, shards, adapter),
-        notes=tuple(notes_of(inputs, config, result, adapter, ranks)),
+        disk_bytes=disk_bytes(inputs, config, units, shards, adapter, states),
+        notes=tuple(notes_of(inputs, config, result, adapter, ranks, states)),
         adapter=adapter,
         ranks=ranks,
         data=rows or {},

@@ -175,6 +175,7 @@ class LearnedPreparation(Preparation):
         return Learning(
             steps=config.steps,
             learning_rate=config.learning_rate,
+            schedule=config.schedule,
             batch_size=config.batch_size,
             order=config.order,
             bounds=bounds,

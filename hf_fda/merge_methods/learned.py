@@ -12,6 +12,7 @@ from hf_fda.merge_methods.looking import RowsConfig
 
 Granularity = Literal["task", "block", "tensor"]
 Order = Literal["mixed", "turn"]
+Schedule = Literal["constant", "linear"]
 TaskVectorForm = Literal["float32", "bfloat16", "disk"]
 """How dense task vectors are held: in the type that is computed in; rounded to bfloat16 after the difference was taken
 (8 significant bits of the change, not of the weight), at half the memory; or not at all, but read at each use."""
@@ -34,6 +35,7 @@ class LearnedConfig(WeightedConfig, RowsConfig):
     upper: float | None = option(None, "no coefficient becomes more; none: no bound")
     steps: int = option(300, "steps of Adam at most", minimum=0)
     learning_rate: float = option(1e-2, "its step size", minimum=0)
+    schedule: Schedule = option("linear", "the step size stays, or falls to zero over all steps")
     batch_size: int = option(16, "rows of a task in a minibatch", minimum=1)
     order: Order = option("mixed", "a step sees a minibatch of every task, or of one task in turn")
     held_out: float = option(

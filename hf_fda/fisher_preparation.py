@@ -22,6 +22,7 @@ from hf_fda.stages import Piece
 from hf_fda.statistics.fishers import SQUARES, diagonal_fisher
 from hf_fda.store import key_of
 from hf_fda.version import versions
+from hf_fda.writing_targets import writing_pieces
 
 
 class FisherPreparation(Preparation):
@@ -44,11 +45,12 @@ class FisherPreparation(Preparation):
     @property
     def count(self) -> int:
         """As `Preparation.count`."""
-        return len(self.sources)
+        return len(writing_pieces(self.run)) + len(self.sources)
 
     def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
         """As `Preparation.stages`: all sources at once, where any tensor is still to be written."""
         if any(name in wanted for name in self.names):
+            yield writing_pieces(self.run)
             yield [self._piece(source) for source in self.sources]
 
     def key(self, name: str) -> str | None:

@@ -23,7 +23,7 @@ def merge(
     method: str | MethodConfig = "fda",
     output: str | os.PathLike[str] = "merged",
     as_adapter: bool = False,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | str | None = None,
     device: str | torch.device = "auto",
     dtype: str = "float32",
     seed: int = 0,

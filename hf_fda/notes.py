@@ -11,10 +11,12 @@ from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.regmean import RegMeanConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.progress import logger
 from hf_fda.recipes import Output
 from hf_fda.states.footprint import StatesFootprint
+from hf_fda.statistics.layers import layer_weights
 
 
 def notes_of(
@@ -59,6 +61,8 @@ def notes_of(
         notes.append(_stepped_on(ranks or {}))
     if states is not None and states.vectors:
         notes.append(_shown(config, states))
+    if isinstance(config, RegMeanConfig):
+        notes.append(_solved(inputs, config, result))
     if isinstance(config, UnitwiseConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
@@ -72,6 +76,14 @@ def _shown(config: MethodConfig, states: StatesFootprint) -> str:
         f"blocks are matched on the real hidden states of rows{what}; memory and disk are those of "
         f"{states.positions} positions a row"
     )
+
+
+def _solved(inputs: Inputs, config: RegMeanConfig, result: Output) -> str:
+    """Which tensors RegMean solves for, and which it averages."""
+    merged = [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
+    solved, roles = layer_weights(inputs.base, merged), inputs.base.layout.roles
+    stacks = "; stacks of experts too, as no single expert's inputs show" if "stack" in roles.values() else ""
+    return f"{len(solved)} weights of linear layers are solved for, the mean is taken of the rest{stacks}"
 
 
 def _stepped_on(ranks: Mapping[str, int]) -> str:

@@ -89,9 +89,11 @@ def predict(plan: Plan, processes: int) -> Prediction:
         speed = measure_speed(plan.device, _shape(plan))
     constructing: list[float] = []
     adapting: list[float] = []
+    for _, unit in plan.constructions:
+        assert plan.anchoring is not None
+        work = costs.construction(inputs.base, plan.anchoring, unit)
+        constructing.append(speed.seconds(work, CONSTRUCTION_EFFICIENCY))
     if isinstance(config, FDAConfig):
-        for _, unit in plan.constructions:
-            constructing.append(speed.seconds(costs.construction(inputs.base, config, unit), CONSTRUCTION_EFFICIENCY))
         for unit in plan.units:
             work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)), plan.ranks)
             adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
@@ -141,11 +143,11 @@ def _rate(work: Callable[[], object], device: torch.device) -> float:
 
 def _shape(plan: Plan) -> tuple[int, int, int]:
     """(tokens, d_in, d_out) of the largest product in the plan's first unit, or of a large weight where it has none."""
-    base, config = plan.inputs.base, plan.config
+    base, config = plan.inputs.base, plan.anchoring
     names = plan.units[0].tensors if plan.units else base.names
     shapes = [base.layout.shapes[name] for name in names if base.layout.roles[name] in ("linear", "conv1d")]
     d_out, d_in = max(shapes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
-    tokens = (config.num_anchors or 1) * costs.tokens_of(base, config) if isinstance(config, FDAConfig) else d_in
+    tokens = (config.num_anchors or 1) * costs.tokens_of(base, config) if config is not None else d_in
     return tokens, d_in, d_out
 
 

@@ -35,6 +35,7 @@ from hf_fda.statistics.states import KeptStates
 from hf_fda.store import key_of
 from hf_fda.streaming.tensorwise import apply_method
 from hf_fda.version import versions
+from hf_fda.writing_targets import writing_pieces
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,14 @@ class RegMeanPlusPreparation(Preparation):
     @property
     def count(self) -> int:
         """As `Preparation.count`."""
-        return len(self.steps) * (len(self.sources) + 1)
+        return len(writing_pieces(self.run)) + len(self.steps) * (len(self.sources) + 1)
 
     def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
         """As `Preparation.stages`: for each step the sources' inputs, then the merge, from where an earlier run came
         to. What blocks gave out is kept until all sources have gone on from it."""
         if not any(name in wanted for name in self.step_of):
             return
+        yield writing_pieces(self.run)
         first = self._first()
         for _ in range(first * (len(self.sources) + 1)):
             self.run.progress.finish("what an earlier run finished")

@@ -20,6 +20,7 @@ from hf_fda.statistics.layers import Group, gram_bytes, group_layers, layer_weig
 from hf_fda.statistics.passes import input_grams
 from hf_fda.store import WORK, key_of
 from hf_fda.version import versions
+from hf_fda.writing_targets import writing_pieces
 
 STATISTICS = f"{WORK}/statistics"
 """Where what was found out on rows lies until the weights are written."""
@@ -50,13 +51,14 @@ class RegMeanPreparation(Preparation):
     @property
     def count(self) -> int:
         """As `Preparation.count`."""
-        return len(self.sources) * len(self.groups)
+        return len(writing_pieces(self.run)) + len(self.sources) * len(self.groups)
 
     def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
         """As `Preparation.stages`: all passes at once, but for layers that are written."""
         needed = [group for group in self.groups if any(name in wanted for name in group.weights)]
         for _ in range((len(self.groups) - len(needed)) * len(self.sources)):
             self.run.progress.finish("what an earlier run finished")
+        yield writing_pieces(self.run) if needed else []
         yield [self._piece(source, group) for source in self.sources for group in needed]
 
     def key(self, name: str) -> str | None:

@@ -150,19 +150,3 @@ def test_every_other_method_takes_any_number() -> None:
     limited = {"slerp", "nuslerp", "nearswap", "arcee_fusion", "passthrough", "model_stock"}
     for name in set(methods()) - limited:
         assert (method_class(name).min_sources, method_class(name).max_sources) == (1, None)
-
-
-# -- methods that look at data -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["fisher", "regmean"])
-def test_methods_that_look_at_data_are_refused_by_name(method: str) -> None:
-    with pytest.raises(InputError, match=f"method '{method}'.*looks at examples of every task and is not there yet"):
-        resolve_method(method, {})
-    assert method not in methods()
-
-
-def test_a_mistyped_name_is_not_sent_to_a_method_that_is_not_there() -> None:
-    with pytest.raises(InputError) as refused:
-        resolve_method("regmeen", {})
-    assert "regmean" not in str(refused.value)

@@ -154,18 +154,17 @@ def test_directions_add_up_to_the_information_of_the_logits() -> None:
         "values": torch.eye(4, dtype=z.dtype),
     }
     for kind, expected in exact.items():
-        found = directions(z, None, kind, None, generator)  # type: ignore[arg-type]
+        found = directions(z[None], kind, None, generator)  # type: ignore[arg-type]
         torch.testing.assert_close(_outer(found), expected)
-        drawn = directions(z, None, kind, 20_000, generator)  # type: ignore[arg-type]
+        drawn = directions(z[None], kind, 20_000, generator)  # type: ignore[arg-type]
         torch.testing.assert_close(_outer(drawn), expected, atol=0.03, rtol=0)
-    assert len(directions(z[:2], None, "labels", None, generator)) == 1  # one backward pass for two labels
+    assert len(directions(z[None, :2], "labels", None, generator)) == 1  # one backward pass for two labels
 
 
-def test_positions_that_do_not_count_have_no_information() -> None:
-    z, scored = randn(3, 5), torch.tensor([False, True, True])
-    (found,) = directions(z, scored, "tokens", None, torch.Generator())
-    assert not found[0].any() and found[1].any() and found[2].any()
-    torch.testing.assert_close(found.sum(-1), torch.zeros(3, dtype=z.dtype))
+def test_an_answer_is_drawn_for_each_position() -> None:
+    (found,) = directions(randn(3, 5), "tokens", None, torch.Generator())
+    assert found.shape == (3, 5) and bool(((found > 0).sum(-1) == 1).all())
+    torch.testing.assert_close(found.sum(-1), torch.zeros(3, dtype=found.dtype))
 
 
 # -- statistics of a model ---------------------------------------------------------------------------------------------
@@ -248,9 +247,7 @@ def test_groups_keep_to_their_bytes_and_hold_every_layer_once(library: Any) -> N
 
 
 def test_a_pass_ends_with_the_last_block_of_its_group(library: Any) -> None:
-    base, (_folder, _) = library("bert")
-    there = open_checkpoint(base)
-    model = there.layout.model
+    model = open_checkpoint(library("bert")[0]).layout.model
     seen: list[str] = []
     stop = passes.StopAfter(model, ["bert.encoder.layer.0"])
     blocks = [model.get_submodule(f"bert.encoder.layer.{number}") for number in range(2)]
@@ -318,8 +315,8 @@ def test_the_fisher_information_of_positions_is_that_of_what_was_drawn(library: 
     expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for row in range(2):
         batch = rows.batch([row])
-        logits = model(**batch.inputs).logits[0]
-        for direction in directions(logits, batch.scored[0], "tokens", 2, generator):  # type: ignore[index]
+        logits = model(**batch.inputs).logits[batch.scored]
+        for direction in directions(logits, "tokens", 2, generator):
             model.zero_grad()
             logits.backward(direction, retain_graph=True)
             for name, parameter in model.named_parameters():

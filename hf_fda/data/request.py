@@ -10,6 +10,9 @@ from typing import Any
 
 from hf_fda.errors import InputError, nearest
 
+ANCHORS = "anchors"
+"""What a user says for data where anchors are to take its place."""
+
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<name>[^@\s]+))?(?:@(?P<revision>\S+))?")
 """A dataset on the Hub: "org/name", "org/name:config", "org/name@revision", "org/name:config@revision"."""
 

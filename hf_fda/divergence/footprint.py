@@ -15,6 +15,7 @@ from hf_fda.costs import outputs
 from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods.learned import LearnedConfig, TaskVectorForm
+from hf_fda.merge_methods.looking import RowsConfig
 
 KEPT = 3.5
 """Entries that the backward pass finds kept for each entry of a linear layer's output: what goes in, what norms and
@@ -85,8 +86,13 @@ def _entries_of_factors(rank: int | None, shape: tuple[int, ...]) -> int | None:
     return prod(stack) * rank * (rows + columns)
 
 
-def _activation_bytes(inputs: Inputs, config: LearnedConfig, rows: OpenedData) -> int:
-    """Bytes that are kept of a minibatch until the backward pass, with rows as long as they may be."""
+def longest_row(inputs: Inputs, config: RowsConfig) -> int:
+    """Tokens of a row at most: of a text as far as the model and `max_length` go, or of an image.
+
+    Args:
+        inputs: whose base says how long texts may be, or how large images are.
+        config: the options.
+    """
     layout = inputs.base.layout
     text: Any = layout.config.get_text_config()
     length = min(config.max_length, int(getattr(text, "max_position_embeddings", None) or config.max_length))
@@ -94,6 +100,14 @@ def _activation_bytes(inputs: Inputs, config: LearnedConfig, rows: OpenedData) -
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if isinstance(size, int) and isinstance(patch, int):
         length = (size // patch) ** 2 + 1
+    return length
+
+
+def _activation_bytes(inputs: Inputs, config: LearnedConfig, rows: OpenedData) -> int:
+    """Bytes that are kept of a minibatch until the backward pass, with rows as long as they may be."""
+    layout = inputs.base.layout
+    text: Any = layout.config.get_text_config()
+    length = longest_row(inputs, config)
     blocks = find_blocks(layout.model)
     inside = tuple(f"{block}." for block in blocks)
     each = outputs(inputs.base, [name for name in layout.names if name.startswith(inside)])

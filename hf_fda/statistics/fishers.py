@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.data.rows import TaskRows
+from hf_fda.divergence.task_models import logits_of, source_model
 from hf_fda.statistics.likelihood import directions
-from hf_fda.statistics.reading import whole_model
 
 SQUARES = "/squares"
 """The name, which no tensor has, of the sum of the squares of all that a file holds."""
@@ -43,7 +42,7 @@ def diagonal_fisher(
     Returns:
         F in float32 on the CPU by the base's names, and under `SQUARES` the sum of its squares.
     """
-    model = whole_model(source.checkpoint, device)
+    model = source_model(source, device)
     parameters = dict(model.named_parameters())
     sums: dict[str, Tensor] = {}
     for name in names:
@@ -51,16 +50,14 @@ def diagonal_fisher(
             parameter = parameters[source.tensor_of[name]]
             sums[name] = torch.zeros_like(parameter)
             parameter.requires_grad_(True).register_post_accumulate_grad_hook(_adder(sums[name]))
-    run: Any = model
     for row in range(len(rows)):
         batch = rows.batch([row]).to(device)
-        logits = run(**batch.inputs).logits[0]
-        scored = None if batch.scored is None else batch.scored[0]
-        along = directions(logits, scored, rows.kind, samples, generator)
+        logits = logits_of(model, batch)
+        along = directions(logits, rows.kind, samples, generator)
         for number, direction in enumerate(along):
             logits.backward(direction, retain_graph=number + 1 < len(along))
         report(row)
-    found = {name: (own / len(rows)).cpu() for name, own in sums.items()}
+    found = {name: own.div_(len(rows)).cpu() for name, own in sums.items()}
     squares = sum((own.double().square().sum() for own in found.values()), torch.zeros((), dtype=torch.float64))
     return {**found, SQUARES: squares}
 

@@ -11,9 +11,7 @@ FEW = 10
 """Labels (flags, values) up to which the exact expectation is taken where nothing else is asked for."""
 
 
-def directions(
-    logits: Tensor, scored: Tensor | None, kind: Kind, samples: int | None, generator: torch.Generator
-) -> list[Tensor]:
+def directions(logits: Tensor, kind: Kind, samples: int | None, generator: torch.Generator) -> list[Tensor]:
     """Directions l_k in the space of one row's logits with ``sum_k l_k l_k^T = E_y[s s^T]``, where the score s is the
     gradient of ``log p(y)`` by the logits and y is drawn from the model's own predictions.
 
@@ -23,9 +21,8 @@ def directions(
     logits by position, or where C is large, a sample of y gives one direction: its score.
 
     Args:
-        logits: of one row: (C,), or (T, C) of kind "tokens".
-        scored: (T,), which positions count; of kind "tokens".
-        kind: what the logits mean.
+        logits: of one row, (1, C), or of its positions that count, (n, C).
+        kind: what they mean.
         samples: how many are drawn; None: the exact ones where they are few, else one sample.
         generator: of the samples, on the CPU.
 
@@ -33,10 +30,10 @@ def directions(
         tensors of the logits' shape, on their device.
     """
     z = logits.detach().double().cpu()
-    if kind != "tokens" and samples is None and len(z) <= FEW:
-        found = _exact(z, kind)
+    if kind != "tokens" and samples is None and len(z) == 1 and z.shape[1] <= FEW:
+        found = [own[None] for own in _exact(z[0], kind)]
     else:
-        found = [_sampled(z, scored, kind, generator) / (samples or 1) ** 0.5 for _ in range(samples or 1)]
+        found = [_sampled(z, kind, generator) / (samples or 1) ** 0.5 for _ in range(samples or 1)]
     return [own.to(logits.device, logits.dtype) for own in found]
 
 
@@ -53,15 +50,13 @@ def _exact(z: Tensor, kind: Kind) -> list[Tensor]:
     return list((vectors[:, kept] * values[kept].sqrt()).mT)
 
 
-def _sampled(z: Tensor, scored: Tensor | None, kind: Kind, generator: torch.Generator) -> Tensor:
-    """The score of an answer that is drawn, position by position where logits are of positions."""
+def _sampled(z: Tensor, kind: Kind, generator: torch.Generator) -> Tensor:
+    """The score of an answer that is drawn, for each of the logits (n, C) on its own."""
     if kind == "values":
         return torch.randn(z.shape, generator=generator, dtype=z.dtype)
     if kind == "flags":
         p = z.sigmoid()
         return torch.bernoulli(p, generator=generator) - p
     p = z.softmax(-1)
-    drawn = torch.multinomial(p.view(-1, p.shape[-1]), 1, generator=generator).view(p.shape[:-1])
-    score = -p
-    score.scatter_add_(-1, drawn[..., None], torch.ones_like(p[..., :1]))
-    return score if scored is None else score * scored.cpu().to(score.dtype)[..., None]
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return torch.zeros_like(p).scatter_(1, drawn, 1.0) - p

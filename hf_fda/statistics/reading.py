@@ -60,27 +60,3 @@ def streamed_model(checkpoint: Checkpoint, device: torch.device) -> PreTrainedMo
     model.config.use_cache = False
     stream_weights(model, checkpoint, device)
     return model
-
-
-def whole_model(checkpoint: Checkpoint, device: torch.device) -> PreTrainedModel:
-    """A checkpoint's model with all its weights on a device, in float32; what the files lack is zero.
-
-    Args:
-        checkpoint: of any kind.
-        device: where.
-    """
-    layout = checkpoint.layout
-    model = meta_model(layout.config, layout.model_class)
-    model.config.use_cache = False
-    held = set(checkpoint.names)
-    state = {
-        name: checkpoint.read(name).to(device, torch.float32) if name in held else torch.zeros(shape, device=device)
-        for name, shape in layout.shapes.items()
-    }
-    model.load_state_dict(state, strict=False, assign=True)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-    model.tie_weights()
-    return model.requires_grad_(False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.anchor_preparation import AnchorPreparation
+from hf_fda.anchored_preparation import AnchoredPreparation
 from hf_fda.assembly import Assembly, CheckpointAssembly
 from hf_fda.distill_preparation import DistillPreparation
 from hf_fda.errors import InputError, RunError
@@ -81,6 +82,8 @@ PREPARATIONS: dict[type[MethodConfig], type[Preparation]] = {
 
 def preparation_of(run: Run) -> Preparation:
     """What a plan's method does before tensors are written."""
+    if isinstance(run.plan.config, LearnedConfig) and run.plan.anchoring is not None:
+        return AnchoredPreparation(run)
     for kind in type(run.plan.config).mro():
         if kind in PREPARATIONS:
             return PREPARATIONS[kind](run)

@@ -176,6 +176,30 @@ def test_a_configuration_of_mergekit_names_the_method(files: Any, tmp_path: Path
     assert torch.equal(weights(tmp_path / "a")["pooler.dense.bias"], weights(tmp_path / "c")["pooler.dense.bias"])
 
 
+@pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
+def test_anchors_take_the_place_of_rows(granularity: str, classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    settings = {"granularity": granularity, "device": "cpu", "quiet": True}
+    output = tmp_path / "out"
+    plan = hf_fda.plan(base, sources, "divmerge", output, data="anchors", granularity=granularity)
+    assert "6 constructions, then coefficients" in str(plan)
+    hf_fda.merge(base, sources, "divmerge", output, data="anchors", **settings)
+    found = learnt(output)
+    assert any(value != 0.3 for row in found.values for value in row)
+    made = {task: str(output / "anchors" / task) for task in sources}
+    hf_fda.merge(base, sources, "divmerge", tmp_path / "again", data="anchors", anchors=made, **settings)
+    assert learnt(tmp_path / "again") == found
+    recorded = yaml.safe_load((output / "merge_config.yaml").read_text(encoding="utf-8"))
+    assert recorded["data"] == "anchors"
+
+
+def test_one_source_is_found_again_on_its_anchors(classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    one = {"four": sources["four"]}
+    hf_fda.merge(base, one, "divmerge", tmp_path / "out", data="anchors", granularity="task", device="cpu", quiet=True)
+    assert learnt(tmp_path / "out").values[0][0] == pytest.approx(1, abs=1e-3)
+
+
 def _merge(base: Path, sources: dict[str, Path], output: Path, data: dict[str, str]) -> None:
     hf_fda.merge(base, sources, "divmerge", output, data=data, max_shard_bytes=20_000, **SETTINGS)
 
@@ -268,6 +292,8 @@ def test_heads_of_one_task_are_merged_too(saved: Any, tmp_path: Path) -> None:
         ("ties", {}, {}, "merges from weights alone"),
         ("divmerge", {"tow": []}, {}, "two"),
         ("divmerge", {"two": rows_of()}, {}, "no data for 'three', 'four'"),
+        ("adamerging", "anchors", {}, "must be a mapping"),
+        ("divmerge", "ancors", {}, "or 'anchors'"),
         ("divmerge", "all", {"lower": 1.0, "upper": 0.0}, "above upper"),
         ("divmerge", "all", {"rows": 0}, "at least 1"),
         ("divmerge", "all", {"divergence": "js"}, "jensen-shannon"),

@@ -92,11 +92,13 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
     if hasattr(own, "init_lora_weights"):
         own.init_lora_weights = False  # not from the base's weights, which are not here
     own.inference_mode = True
+    based = {name: value for name, value in files.tensors.items() if ".base_layer." in name}
+    wide = {name: value.float() for name, value in based.items()}  # PEFT rounds factors to their base's type
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped: Any = PeftModel(model, own, ADAPTER, low_cpu_mem_usage=True)
-            result: Any = set_peft_model_state_dict(wrapped, files.tensors, ADAPTER, low_cpu_mem_usage=True)
+            result: Any = set_peft_model_state_dict(wrapped, files.tensors | wide, ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -119,7 +121,7 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
         plain_name(name): value.detach()
         for name, value in wrapped.base_model.model.named_parameters(remove_duplicate=False)
         if id(value) not in hollow
-    }
+    } | {plain_name(name.removeprefix("base_model.model.")): value for name, value in based.items()}
     mark = f".modules_to_save.{ADAPTER}."
     whole = {name.replace(mark, "."): value for name, value in brought.items() if mark in name}
     return Skeleton(wrapped, layout, whole, _loaded(files.id, brought, layout))

@@ -28,8 +28,9 @@ def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]])
         given["sources"] = _named(arguments.source)
     if arguments.anchors:
         given["anchors"] = dict(_split(item, "--anchors") for item in arguments.anchors)
-    if arguments.data or arguments.columns or arguments.split:
-        given["data"] = said_on_command_line(arguments.data or (), arguments.columns or (), arguments.split or ())
+    data = _data(arguments)
+    if data is not None:
+        given["data"] = data
     for name in ("base", "sources"):
         if name not in given:
             raise InputError(f"no {name}: pass a configuration file, or --base and --source")
@@ -42,11 +43,12 @@ def document_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str
     Raises:
         InputError: when the command line says some of the rest too.
     """
-    said = [name for name in ("base", "source", "method", "data", "anchors") if getattr(arguments, name)]
+    said = [name for name in ("base", "source", "method", "anchors") if getattr(arguments, name)]
     said += [name for name, _ in loose]
     if said:
         raise InputError(f"--{said[0].replace('_', '-')}: {arguments.config} says that itself; change it there")
     given = {name: getattr(arguments, name) for name in ("output", *SETTINGS)}
+    given["data"] = _data(arguments)
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
@@ -94,6 +96,12 @@ def read_options(options: Any) -> dict[str, Any]:
         if not isinstance(name, str) or name in CONFIG_KEYS:
             raise InputError(f"options: '{name}' is no option of a method")
     return options
+
+
+def _data(arguments: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
+    """The rows of data that a command line names."""
+    words = arguments.data or (), arguments.columns or (), arguments.split or ()
+    return said_on_command_line(*words) if any(words) else None
 
 
 def _named(sources: list[str]) -> dict[str, str] | list[str]:

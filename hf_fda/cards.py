@@ -63,6 +63,8 @@ def model_card(
     }
     if not metadata["base_model"]:
         del metadata["base_model"], metadata["base_model_relation"]
+    if facts["datasets"]:
+        metadata["datasets"] = list(dict.fromkeys(facts["datasets"]))
     if licence:
         metadata["license"] = licence
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}

@@ -89,8 +89,9 @@ def _merge(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
         merged = merge(**_agreed_arguments(arguments, loose), quiet=arguments.quiet)
     if not arguments.quiet and is_main():
         print(f"Merged into {merged.folder}")
-        if merged.report is not None:
-            print(merged.report)
+        for found in (merged.coefficients, merged.report):
+            if found is not None:
+                print(found)
         if merged.tasks:
             print(f'  hf_fda.load("{merged.folder}", task="{merged.tasks[0]}")  # {", ".join(merged.tasks)}')
 

@@ -12,9 +12,12 @@ from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
+from hf_fda.data.opening import OpenedData
+from hf_fda.divergence.footprint import learning_bytes
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
-from hf_fda.merge_methods.distill import DistillConfig
+from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.recipes import Output
 from hf_fda.states.footprint import StatesFootprint
 from hf_fda.streaming.footprint import Footprint
@@ -29,24 +32,36 @@ def peak_memory_bytes(
     dtype: torch.dtype | None,
     adapter: AdapterPlan | None = None,
     ranks: Mapping[str, int] | None = None,
-    states: StatesFootprint | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
     writing = [Footprint(inputs, result, dtype).peak(shard) for shard in shards]
     stages = writing if adapter is None else [_factor_stage(inputs, adapter)]
-    shown = states is not None and bool(states.vectors)
-    if isinstance(config, FDAConfig) and units:
-        anchored = not shown or config.with_data == "mixed"
-        stages += [construction_bytes(inputs, config, unit) for unit in units if anchored]
-        beside = states.learning(1) if states is not None and shown else 0
-        stages += [adaptation_bytes(inputs, config, unit, ranks or {}, anchored) + beside for unit in units]
-    if isinstance(config, DistillConfig) and states is not None:
-        stages += [distillation_bytes(inputs, unit) + states.learning(2) for unit in units]
-    if states is not None and shown:
-        largest = max(_entries(inputs, unit.tensors) for unit in units)
-        stages.append(states.recording(units) + 4 * largest)
+    if isinstance(config, UnitwiseConfig) and units:
+        stages += _unitwise_stages(inputs, config, units, ranks or {}, rows or {})
+    if isinstance(config, LearnedConfig):
+        merged = [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
+        stages.append(learning_bytes(inputs, config, merged, rows or {}))
     read = [adapter_of(own.checkpoint) for own in inputs.weighted]
     return max(stages) + sum(t.nbytes for own in read if own is not None for t in own.files.tensors.values())
+
+
+def _unitwise_stages(
+    inputs: Inputs,
+    config: UnitwiseConfig,
+    units: Sequence[Unit],
+    ranks: Mapping[str, int],
+    rows: Mapping[str, OpenedData],
+) -> list[int]:
+    """Bytes of the stages of a method that merges units."""
+    states, stages = StatesFootprint.of(inputs, config, rows), []
+    if rows:
+        stages.append(states.recording(units) + 4 * max(_entries(inputs, unit.tensors) for unit in units))
+    if not isinstance(config, FDAConfig):
+        return stages + [distillation_bytes(inputs, unit) + states.learning(2) for unit in units]
+    anchored, beside = not rows or config.with_data == "mixed", states.learning(1) if rows else 0
+    stages += [construction_bytes(inputs, config, unit) for unit in units if anchored]
+    return stages + [adaptation_bytes(inputs, config, unit, ranks, anchored) + beside for unit in units]
 
 
 def _factor_stage(inputs: Inputs, adapter: AdapterPlan) -> int:
@@ -128,14 +143,14 @@ def disk_bytes(
     units: Sequence[Unit],
     shards: Sequence[Shard],
     adapter: AdapterPlan | None = None,
-    states: StatesFootprint | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> int:
     """Bytes the output folder will take, with what is there while it is being made (an adapter: its parts too)."""
     model = sum(shard.nbytes for shard in shards) + (0 if adapter is None else 2 * adapter_bytes(inputs, adapter))
     blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4
-    if states is not None:
-        blocks += states.on_disk(inputs, units)
-    if not isinstance(config, FDAConfig) or (states is not None and states.vectors and config.with_data == "states"):
+    if isinstance(config, UnitwiseConfig):
+        blocks += StatesFootprint.of(inputs, config, rows or {}).on_disk(inputs, units)
+    if not isinstance(config, FDAConfig) or (rows and config.with_data == "states"):
         return model + blocks
     tokens = tokens_of(inputs.base, config)
     constructed = sum(source.anchors is None for source in inputs.sources)

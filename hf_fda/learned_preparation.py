@@ -27,6 +27,7 @@ from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, digest, key_of
 from hf_fda.version import versions
+from hf_fda.writing_targets import writing_pieces
 
 OUTPUTS = f"{WORK}/outputs"
 """Where the sources' answers lie until the coefficients are learnt."""
@@ -48,17 +49,17 @@ class LearnedPreparation(Preparation):
     @property
     def count(self) -> int:
         """As `Preparation.count`."""
-        return len(self._recordings()) + 1
+        return len(writing_pieces(self.run)) + len(self._recordings()) + 1
 
     def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
         """As `Preparation.stages`: every source's answers, then the coefficients."""
         learning = Piece("learn coefficients", COEFFICIENTS, self._key, 1.0, self._learning)
-        recordings = self._recordings()
+        before = [writing_pieces(self.run), self._recordings()]
         if self.run.finished([learning])[0]:
-            for _ in recordings:
+            for _ in range(sum(map(len, before))):
                 self.run.progress.finish("what an earlier run finished")
         else:
-            yield recordings
+            yield from before
         yield [learning]
 
     def key(self, name: str) -> str | None:

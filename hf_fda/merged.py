@@ -19,6 +19,7 @@ from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, model_class_of
 from hf_fda.checkpoint.location import Location, locate
 from hf_fda.checkpoint.reader import FileCheckpoint, is_unknown
+from hf_fda.coefficients import COEFFICIENTS, Coefficients
 from hf_fda.errors import InputError, few, nearest
 from hf_fda.pushing import push
 
@@ -41,6 +42,12 @@ class Merged:
         """Of a merged adapter, what its factors leave out; None of a whole model."""
         path = self.folder / REPORT
         return read_report(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @property
+    def coefficients(self) -> Coefficients | None:
+        """The coefficients of the task vectors, of a merge that learnt them."""
+        path = self.folder / COEFFICIENTS
+        return Coefficients.read(path) if path.is_file() else None
 
     def load(self, task: str | None = None, **kwargs: Any) -> PreTrainedModel:
         """The transformers model, as `load`."""

@@ -19,7 +19,7 @@ from hf_fda.data.request import Reading
 from hf_fda.errors import InputError
 from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
-from hf_fda.inputs import Inputs, open_inputs
+from hf_fda.inputs import Inputs, open_inputs, with_ties_apart
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.looking import RowsConfig
@@ -29,9 +29,16 @@ from hf_fda.plans import Plan
 from hf_fda.prediction import predict
 from hf_fda.provenance import Described, record
 from hf_fda.recipes import Output, decide, out_dtype
-from hf_fda.refusals import check_apart, check_moves, check_ties, check_trim, check_vocabulary, check_wants_data
+from hf_fda.refusals import (
+    check_apart,
+    check_moves,
+    check_rows,
+    check_ties,
+    check_trim,
+    check_vocabulary,
+    check_wants_data,
+)
 from hf_fda.settings import Settings
-from hf_fda.states.footprint import StatesFootprint
 
 
 def plan(
@@ -132,7 +139,10 @@ def make_plan(
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
     check_apart(settings.output, inputs)
+    check_rows(given, rows or {})
     check_vocabulary(settings, inputs)
+    if settings.budget is not None:
+        inputs = with_ties_apart(inputs)
     config = _complete(given, inputs, as_adapter=settings.budget is not None)
     check_trim(config, settings, described)
     units = _units(config, inputs)
@@ -148,7 +158,6 @@ def make_plan(
     ranks = adapted_ranks(inputs, units, adapter) if factored else {}
     if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
         config = _complete(replace(given, parametrization="coefficients"), inputs, as_adapter=True)
-    states = StatesFootprint.of(inputs, config, rows or {}) if isinstance(config, UnitwiseConfig) else None
     return Plan(
         inputs=inputs,
         config=config,
@@ -162,10 +171,10 @@ def make_plan(
         heads=settings.heads,
         arguments=record(inputs, config, settings, described, rows),
         peak_memory_bytes=peak_memory_bytes(
-            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks, states
+            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks, rows
         ),
-        disk_bytes=disk_bytes(inputs, config, units, shards, adapter, states),
-        notes=tuple(notes_of(inputs, config, result, adapter, ranks, states)),
+        disk_bytes=disk_bytes(inputs, config, units, shards, adapter, rows),
+        notes=tuple(notes_of(inputs, config, result, adapter, ranks, rows)),
         adapter=adapter,
         ranks=ranks,
         data=rows or {},

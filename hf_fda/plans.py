@@ -108,7 +108,7 @@ class Plan:
         rules = [recipe.rule for recipe in self.result.recipes.values()]
         tensors = f"{rules.count('method')} tensors by method, {rules.count('base')} from the base"
         if self.adapter is not None:
-            tensors = f"{len(self.adapter.targets)} tensors that the sources change"
+            tensors = f"{len(self.adapter.parts)} tensors that the sources change"
         elif rules.count("soup"):
             tensors += f", {rules.count('soup')} means of the sources"
         if not self.units:

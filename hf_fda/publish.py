@@ -87,7 +87,7 @@ def _draw_coefficients(plan: Plan, store: Store) -> Coefficients | None:
 
 def clean(store: Store) -> None:
     """Remove the work in progress of a merge that is finished."""
-    for name in ("staged", "blocks", "counts", "outputs", "states", "partial"):
+    for name in ("staged", "blocks", "counts", "targets", "outputs", "states", "statistics", "partial"):
         shutil.rmtree(store.work / name, ignore_errors=True)
     shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
 
@@ -125,7 +125,8 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "licences": {name: _licences(checkpoint) for name, checkpoint in checkpoints.items()},
         "models": [pinned(own.id, own.commit) for one in checkpoints.values() for own in one.origins],
         "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
-        "data": {task: rows.summary for task, rows in plan.data.items()},
+        "data": {task: rows.shown for task, rows in plan.data.items()},
+        "datasets": [str(rows.record["path"]) for rows in plan.data.values() if rows.on_hub],
         "anchors": [source.name for source in plan.anchors_made],
     }
 

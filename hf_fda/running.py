@@ -13,6 +13,7 @@ from hf_fda.progress import Progress
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store
 from hf_fda.streaming.taskvectors import TaskVectors
+from hf_fda.writing_targets import with_targets
 
 ROWS = "/rows"
 """The name, which no source can have, of the hash of what the vocabulary's rows are made of."""
@@ -43,7 +44,11 @@ class Run:
         return found | {ROWS: rows} if rows else found
 
     def rows(self, task: str) -> TaskRows:
-        """The rows of data of one task, as its model takes them."""
+        """The rows of data of one task, as its model takes them; what `writing_pieces` makes is made."""
+        rows = self._encoded(task)
+        return with_targets(rows, self.plan.output) if self.plan.data[task].lacks_targets else rows
+
+    def _encoded(self, task: str) -> TaskRows:
         if task not in self._rows:
             self._rows[task] = self.plan.data[task].encode()
         return self._rows[task]
@@ -52,7 +57,7 @@ class Run:
     def data_prints(self) -> dict[str, str]:
         """A hash of every task's rows of data; all processes ask for it."""
         tasks = list(self.plan.data)
-        return dict(zip(tasks, self.team.map(lambda task: self.rows(task).fingerprint, tasks), strict=True))
+        return dict(zip(tasks, self.team.map(lambda task: self._encoded(task).fingerprint, tasks), strict=True))
 
     def finished(self, pieces: Sequence[Piece]) -> list[bool]:
         """Which pieces an earlier run finished."""

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hf_fda.data.rows import TaskRows
 from hf_fda.divergence.coefficients import MergedParameters
+from hf_fda.divergence.footprint import held_bytes
 from hf_fda.divergence.learning import LearningTask
 from hf_fda.divergence.objectives import Divergence, Objective
-from hf_fda.divergence.task_models import logits_of, source_model
+from hf_fda.divergence.task_models import logits_of, source_model, task_model
 from hf_fda.divergence.task_tensors import Dense, Thin
 from hf_fda.errors import InputError
 
@@ -187,6 +188,19 @@ def with_decoder(rows: TaskRows) -> TaskRows:
     return replace(rows, inputs=[{**own, "decoder_input_ids": own["input_ids"]} for own in rows.inputs])
 
 
+def test_tensors_that_the_base_lacks_are_given_by_the_sources_own_names() -> None:
+    model = make_model("llama")
+    family = Family(model.model, {"one": model, "two": fine_tune(model, 1)}, "tokens")
+    first, second = family.inputs.weighted
+    assert first.extra == ("lm_head.weight",)
+    head = (model.lm_head.weight.detach() + second.checkpoint.read("lm_head.weight")) / 2
+    parameters = family.parameters("task", 0.0)
+    merged = task_model(second, parameters.tensors, CPU, others={"lm_head.weight": head})
+    model.lm_head.weight.data = head
+    batch = family.rows[0].batch([0, 1])
+    torch.testing.assert_close(logits_of(merged, batch), logits_of(model, batch))
+
+
 def test_a_source_without_all_its_weights_is_refused(classifiers: Any) -> None:
     base, sources = classifiers
     file = sources["two"] / "model.safetensors"
@@ -196,3 +210,39 @@ def test_a_source_without_all_its_weights_is_refused(classifiers: Any) -> None:
     family = Family(base, sources)
     with pytest.raises(InputError, match=r"'two'.*lacks classifier\.weight"):
         source_model(family.inputs.weighted[0], CPU)
+
+
+def test_gradients_of_parameters_are_dropped_one_by_one(classifiers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = Family(*classifiers)
+    parameters = family.parameters()
+    held = []
+
+    def counted(self: Dense, gradient: Tensor) -> Tensor:
+        held.append(sum(tensor.grad is not None for tensor in parameters.tensors.values()))
+        return torch.zeros(len(self.stacked))
+
+    monkeypatch.setattr(Dense, "products", counted)
+    objective = Divergence("jensen-shannon", family.outputs())
+    _loss(family.tasks(parameters)[0], 0, objective).backward()
+    assert len(held) > len(family.names) / 2
+    assert set(held) == {0}
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "disk"])
+@pytest.mark.parametrize("kind", ["dense", "plain", "modules_to_save"])
+def test_what_is_held_is_what_is_told_beforehand(tmp_path: Path, kind: str, form: Any) -> None:
+    base = make_base("llama").bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    if kind == "dense":
+        sources: dict[str, Any] = {"one": fine_tune(base, 1), "two": fine_tune(base, 2)}
+    else:
+        folders = [save(make_base("llama"), KINDS[kind]("llama"), tmp_path / f"a{seed}", seed) for seed in (1, 2)]
+        sources = {folder.name: folder for folder in folders}
+    family = Family(tmp_path / "base", sources, "tokens")
+    parameters = family.parameters(form=form)
+    held = [*parameters.tensors.values(), *parameters._origins.values()]
+    for part in (part for parts in parameters._parts.values() for part in parts):
+        held += [part.tasks.stacked] if isinstance(part.tasks, Dense) else []
+        held += [side for own in getattr(part.tasks, "factors", []) for side in (own.left, own.right)]
+    told = held_bytes(family.inputs.base, family.inputs.weighted, family.names, form)
+    assert sum(tensor.nbytes for tensor in held) == told

@@ -18,7 +18,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from vocabularies import bpe, ids_of, llama, save, tuned, wordpiece
 
-from hf_fda.data import OpenedData, Reading, TaskRows, open_data, said_on_command_line, with_written_targets
+from hf_fda.data.opening import OpenedData, open_data
+from hf_fda.data.request import Reading, said_on_command_line
+from hf_fda.data.rows import TaskRows
+from hf_fda.data.writing import with_written_targets
 from hf_fda.errors import InputError
 from hf_fda.inputs import Inputs, open_inputs
 

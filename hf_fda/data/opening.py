@@ -53,8 +53,23 @@ class OpenedData:
     @property
     def summary(self) -> str:
         """Where the rows come from, and how many they are, in words."""
-        what = str(self.record.get("path", "rows in memory"))
-        return what if self.count is None else f"{what}, {self.count:,} rows"
+        return self._said(str(self.record["path"]))
+
+    @property
+    def shown(self) -> str:
+        """The same for readers elsewhere: of a file on a disk its own name alone."""
+        path = str(self.record["path"])
+        revision = f"@{self.record['revision']}" if self.on_hub and "revision" in self.record else ""
+        return self._said(path + revision if self.on_hub else Path(path).name)
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the rows are a dataset on the Hub."""
+        path = str(self.record["path"])
+        return not path.endswith(IN_MEMORY) and not Path(path).expanduser().exists()
+
+    def _said(self, what: str) -> str:
+        return what if self.count is None else f"{what}, {self.count:,} row{'s' if self.count > 1 else ''}"
 
     def encode(self) -> TaskRows:
         """Read and encode the rows. Those with nothing in them are left out, which is logged; so is what is cut.

@@ -113,7 +113,7 @@ def learn(
 
     Args:
         parameters: what is learnt.
-        tasks: what to learn on, in the order of the sources; tasks of sources without rows may be left out.
+        tasks: what to learn on, one for each source, in their order.
         objective: what to minimise.
         settings: how.
         seed: of the rows held out and of the minibatches.
@@ -139,21 +139,25 @@ def learn(
         seen = range(len(tasks)) if settings.order == "mixed" else [(step - 1) % len(tasks)]
         for number in seen:
             _backward(parameters, tasks[number], objective, number, next(streams[number]), factors[number])
-        coefficients.grad = parameters.take_gradient()
-        if not bool(coefficients.grad.isfinite().all()):
-            raise RunError(f"the gradient of the coefficients is not finite at step {step}; try a smaller step size")
+        coefficients.grad = _finite(parameters.take_gradient(), step)
         adam.step()
-        _within(coefficients, settings.bounds)
-        parameters.put(coefficients)
+        parameters.put(_within(coefficients, settings.bounds))
         if step % settings.every == 0 or step == settings.steps:
             watch.look(step, coefficients)
             if settings.held_out and watch.since_best >= settings.patience:
                 break
+    best = step
     if settings.held_out:
         parameters.put(watch.best)
+        best = watch.best_step
     names = tuple(source.name for source in parameters.sources)
-    best = watch.best_step if settings.held_out else step
     return Learned(names, parameters.groups.names, parameters.coefficients, tuple(watch.history), best, step)
+
+
+def _finite(gradient: Tensor, step: int) -> Tensor:
+    if not bool(gradient.isfinite().all()):
+        raise RunError(f"the gradient of the coefficients is not finite at step {step}; try a smaller step size")
+    return gradient
 
 
 class _Watch:

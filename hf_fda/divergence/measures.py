@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from hf_fda.merge_methods.divmerge import Measure
 
 FLOOR = -1e4
 """Log-probabilities below this are taken for it: their probability is zero, and zero times them is zero too."""
+
+PIECE = 1 << 22
+"""Probabilities that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +99,57 @@ def divergence(measure: Measure, kind: Kind, logits: Tensor, target: Target) -> 
 def compare(measure: Measure, source: Tensor, merged: Tensor) -> Tensor:
     """A divergence of distributions over the last dimension.
 
+    Of what lies between it and the log-probabilities only its derivative is kept for the way back, one tensor of their
+    size: over a large vocabulary that, not the model, is what takes memory.
+
     Args:
         measure: which.
         source: (..., C) log-probabilities p.
-        merged: (..., C) log-probabilities q.
+        merged: (..., C) log-probabilities q; gradients reach these alone.
     """
-    p, q = source.clamp_min(FLOOR), merged.clamp_min(FLOOR)
+    shape = merged.shape
+    found: Tensor = _Compared.apply(measure, source.reshape(-1, shape[-1]), merged.reshape(-1, shape[-1]))
+    return found.view(shape[:-1])
+
+
+class _Compared(torch.autograd.Function):
+    """Divergences (n,) of distributions (n, C), some at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, measure: Measure, source: Tensor, merged: Tensor) -> Tensor:
+        slope = torch.empty_like(merged)
+        rows = max(PIECE // max(merged.shape[-1], 1), 1)
+        values = []
+        for p, q, out in zip(source.split(rows), merged.split(rows), slope.split(rows), strict=True):
+            value, own = _value_and_slope(measure, p.clamp_min(FLOOR), q.clamp_min(FLOOR))
+            values.append(value)
+            out.copy_(own)
+        ctx.save_for_backward(slope)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, None, gradients[0][:, None] * slope
+
+
+def _value_and_slope(measure: Measure, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """A divergence (n,) and its derivative by log q, (n, C).
+
+    For Jensen-Shannon, with d = log q - log p: ``log p/m = -relu(d) - h`` and ``log q/m = -relu(-d) - h``, where
+    ``h = log((1 + exp(-|d|)) / 2)`` keeps its digits where p and q are nearly equal; what m itself contributes to the
+    derivative cancels.
+    """
     if measure == "forward-kl":
-        return (p.exp() * (p - q)).sum(-1)
+        of_p = p.exp()
+        return (of_p * (p - q)).sum(-1), -of_p
+    of_q, apart = q.exp(), q - p
     if measure == "reverse-kl":
-        return (q.exp() * (q - p)).sum(-1)
-    return _jensen_shannon(p, q)
-
-
-def _jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """With d = log q - log p: ``log p/m = -relu(d) - h`` and ``log q/m = -relu(-d) - h``, where
-    ``h = log((1 + exp(-|d|)) / 2)`` keeps its digits where p and q are nearly equal."""
-    apart = q - p
+        terms = of_q * apart
+        return terms.sum(-1), terms + of_q
     half = torch.log1p(torch.expm1(-apart.abs()) / 2)
-    terms = p.exp() * (functional.relu(apart) + half) + q.exp() * (functional.relu(-apart) + half)
-    return -terms.sum(-1) / 2
+    own = -of_q * (functional.relu(-apart) + half) / 2
+    return (own - p.exp() * (functional.relu(apart) + half) / 2).sum(-1), own
 
 
 def entropy(kind: Kind, logits: Tensor) -> Tensor:

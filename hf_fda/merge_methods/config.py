@@ -159,6 +159,22 @@ class MethodConfig:
         """The method for task tensors of which only the entries that stay are left; of a config that trims."""
         return dataclasses.replace(self, density=1.0)  # type: ignore[call-arg]
 
+    def at(self, entries: slice) -> MethodConfig:
+        """The config for some of a tensor's flattened entries; of a config by entry that holds something for each.
+
+        Args:
+            entries: start and stop, no step.
+        """
+        return self
+
+    def extra_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that merging a weight takes beside its task tensors and what any whole merge takes.
+
+        Args:
+            shape: (d_out, d_in).
+        """
+        return 0
+
     def merge(self, base: Tensor, tasks: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """The merged task tensor of one tensor. Pure: no argument is changed, but for the generator's state.
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=MethodConfig)
 _CONFIGS: dict[str, type[MethodConfig]] = {}
-_NEED_DATA = {"fisher": "Fisher merging, arXiv 2111.09832", "regmean": "RegMean, arXiv 2212.09849"}
-"""Well-known methods that look at data, and are not there yet."""
 
 
 def register(config: type[C]) -> Callable[[Callable[..., Tensor]], Any]:
@@ -48,11 +46,6 @@ def method_class(name: str) -> type[MethodConfig]:
     Raises:
         InputError: when no method has that name; the nearest is suggested.
     """
-    if name in _NEED_DATA:
-        raise InputError(
-            f"method '{name}' ({_NEED_DATA[name]}) looks at examples of every task and is not there yet; of those that "
-            "look at weights alone, 'fda', 'wudi' and 'ace' come nearest to it"
-        )
     if name not in _CONFIGS:
         raise InputError(f"there is no method '{name}': {nearest(name, _CONFIGS)}")
     return _CONFIGS[name]

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.reader import open_checkpoint
+from hf_fda.data.opening import OpenedData
 from hf_fda.engine import run
 from hf_fda.errors import InputError, nearest
 from hf_fda.inputs import open_inputs
@@ -24,11 +25,12 @@ from hf_fda.mergekit.schema import Document, read_document
 from hf_fda.mergekit.views import Nothing, Planned
 from hf_fda.mergekit.vocabulary import vocabulary_of
 from hf_fda.mergekit.yamlnodes import read_documents
-from hf_fda.planning import make_plan
+from hf_fda.planning import make_plan, open_rows
 from hf_fda.plans import Plan
 from hf_fda.prediction import predict
 from hf_fda.processes import together
 from hf_fda.provenance import Described
+from hf_fda.refusals import check_wants_data
 from hf_fda.settings import Settings
 from hf_fda.store import WORK, new_folder
 
@@ -52,7 +54,7 @@ EVERYWHERE = ("device", "seed", "trust_remote_code")
 VOCABULARY = ("tokenizer", "tokens", "chat_template", "pad_to_multiple_of")
 """Settings of the vocabulary, in which models are called by their names in the merge."""
 
-KNOWN = (*EVERYWHERE, "dtype", "heads", "max_shard_bytes", "as_adapter", "rank", "energy", *VOCABULARY)
+KNOWN = (*EVERYWHERE, "dtype", "heads", "max_shard_bytes", "as_adapter", "rank", "energy", "data", *VOCABULARY)
 """Settings that may be given beside a configuration."""
 
 
@@ -183,11 +185,12 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     document = stage.document
     given = {**document.settings, **settings}
     said = {name: given.pop(name) for name in VOCABULARY if name in given}
-    trust = bool(given.pop("trust_remote_code", False))
+    trust, data = bool(given.pop("trust_remote_code", False)), given.pop("data", None)
     given.setdefault("dtype", document.dtype or "auto")
     checked = Settings.checked(stage.output, **given)
     groups = groups_of(document)
     parameters = Parameters(document, groups)
+    check_wants_data(parameters.general, data)
     models = Models(results, trust)
     opened = open_groups(document, groups, models)
     wanted = {**vocabulary_of(document, opened), **said}
@@ -196,12 +199,17 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     if not opened.with_base:
         inputs = replace(inputs, base=Nothing(inputs.base), with_base=False)
     varying = parameters.varying
+    if varying and parameters.general.data != "never":
+        raise InputError(f"method '{parameters.general.name}': {varying[0]} must be the same for all tensors")
+    rows = {} if data is None else open_rows(data, inputs, parameters.general, checked.seed, trust)
     at = parameters.at(inputs) if varying else None
-    described = Described(_record(document, models.pinned(), checked), at, varying)
-    return make_plan(inputs, parameters.general, checked, described)
+    described = Described(_record(document, models.pinned(), checked, rows), at, varying)
+    return make_plan(inputs, parameters.general, checked, described, rows)
 
 
-def _record(document: Document, pinned: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+def _record(
+    document: Document, pinned: Mapping[str, str], settings: Settings, rows: Mapping[str, OpenedData]
+) -> dict[str, Any]:
     """The document as plain values, with what it leaves open: commits, the type, and our own settings."""
 
     def fixed(value: Any) -> Any:
@@ -215,5 +223,7 @@ def _record(document: Document, pinned: Mapping[str, str], settings: Settings) -
     own: dict[str, Any] = {"seed": settings.seed, "heads": settings.heads, "max_shard_bytes": settings.max_shard_bytes}
     if budget is not None:
         own |= {"as_adapter": True, "rank": budget.rank, "energy": budget.energy}
+    if rows:
+        own["data"] = {task: dict(opened.record) for task, opened in rows.items()}
     written = {} if settings.dtype == "auto" else {"out_dtype": settings.dtype}
     return {**fixed(document.plain), **written, "hf_fda": own}

@@ -25,7 +25,7 @@ KEYS = (
     "hf_fda",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SETTINGS = ("seed", "heads", "max_shard_bytes", "as_adapter", "rank", "energy")
+SETTINGS = ("seed", "heads", "max_shard_bytes", "as_adapter", "rank", "energy", "data")
 """What a document may say under `hf_fda`, which mergekit does not know: arguments of `hf_fda.merge`."""
 
 

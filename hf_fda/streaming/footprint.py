@@ -45,8 +45,11 @@ class Footprint:
         if recipe.config is None:
             return written + entries * self.inputs.base.dtype(own).itemsize
         held = trims(recipe.config) or recipe.config.spans
-        if not held and not recipe.config.trims and not by_entry(recipe.config, result.layout.roles[name]):
-            return written + entries * 4 * (3 * len(sources) + 8)
+        role = result.layout.roles[name]
+        if not held and not recipe.config.trims and not by_entry(recipe.config, role):
+            shape = result.layout.shapes[name]
+            d_out, d_in = shape[::-1] if role == "conv1d" else shape[-2:]
+            return written + entries * 4 * (3 * len(sources) + 8) + recipe.config.extra_bytes((d_out, d_in))
         whole = [source for source in sources if own in source.tensor_of and not source.in_parts(own)]
         converted = 2 * read if whole or not self.inputs.base.in_parts(own) else 0
         return written + converted + (read if held else 0)

@@ -145,7 +145,8 @@ class TensorMerger:
             if cuts:
                 own, cuts = dealt(cuts, tasks)
                 tasks = [keep(task, cut) for task, cut in zip(tasks, own, strict=True)]
-            out[part][block] = base.add_(config.merge(base, tasks, generator))
+            own_config = config.at(slice(part.start + block.start, part.start + block.stop))
+            out[part][block] = base.add_(own_config.merge(base, tasks, generator))
         check_finite(name, out[part])
 
     def _type_by_entry(self, config: MethodConfig, stored: torch.dtype, written: torch.dtype) -> torch.dtype:

@@ -1,0 +1,76 @@
+"""The diagonal Fisher information of a source's parameters on its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.data.rows import TaskRows
+from hf_fda.statistics.likelihood import directions
+from hf_fda.statistics.reading import whole_model
+
+SQUARES = "/squares"
+"""The name, which no tensor has, of the sum of the squares of all that a file holds."""
+
+
+def diagonal_fisher(
+    source: AlignedSource,
+    names: Iterable[str],
+    rows: TaskRows,
+    device: torch.device,
+    samples: int | None,
+    generator: torch.Generator,
+    report: Callable[[int], None] = lambda row: None,
+) -> dict[str, Tensor]:
+    """``F = 1/N sum_x E_(y ~ p(y|x)) [ (d log p(y|x) / d theta)^2 ]`` (arXiv 2111.09832, Equation 3) of some tensors.
+
+    The gradients are of single rows, as the square of a batch's gradient is another thing. Each is squared and added
+    the moment it is there, and let go: beside the model and F only one tensor's gradient is held.
+
+    Args:
+        source: the source; its whole model is held.
+        names: the base's names of the tensors; those that the source lacks are left out.
+        rows: of its task.
+        device: where to run.
+        samples: answers that are drawn for each row, as of `directions`.
+        generator: of the draws, on the CPU.
+        report: called with the number of every row that is done.
+
+    Returns:
+        F in float32 on the CPU by the base's names, and under `SQUARES` the sum of its squares.
+    """
+    model = whole_model(source.checkpoint, device)
+    parameters = dict(model.named_parameters())
+    sums: dict[str, Tensor] = {}
+    for name in names:
+        if name in source.tensor_of and parameters[source.tensor_of[name]].is_floating_point():
+            parameter = parameters[source.tensor_of[name]]
+            sums[name] = torch.zeros_like(parameter)
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(_adder(sums[name]))
+    run: Any = model
+    for row in range(len(rows)):
+        batch = rows.batch([row]).to(device)
+        logits = run(**batch.inputs).logits[0]
+        scored = None if batch.scored is None else batch.scored[0]
+        along = directions(logits, scored, rows.kind, samples, generator)
+        for number, direction in enumerate(along):
+            logits.backward(direction, retain_graph=number + 1 < len(along))
+        report(row)
+    found = {name: (own / len(rows)).cpu() for name, own in sums.items()}
+    squares = sum((own.double().square().sum() for own in found.values()), torch.zeros((), dtype=torch.float64))
+    return {**found, SQUARES: squares}
+
+
+def _adder(total: Tensor) -> Callable[[Tensor], None]:
+    """Adds the square of a parameter's gradient to a sum, and lets go of the gradient."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.addcmul_(parameter.grad, parameter.grad)
+        parameter.grad = None
+
+    return add

@@ -8,6 +8,7 @@ from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.cards import shown
 from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.data.opening import OpenedData
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
@@ -25,7 +26,7 @@ def notes_of(
     result: Output,
     adapter: AdapterPlan | None,
     ranks: Mapping[str, int] | None = None,
-    states: StatesFootprint | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> list[str]:
     """What a plan, a card and a log say beside the facts.
 
@@ -35,7 +36,7 @@ def notes_of(
         result: how every tensor of the merged model is made.
         adapter: the adapter that is written, if one is.
         ranks: of the factors that adaptation steps on.
-        states: of methods that match real hidden states, how large these are.
+        rows: of data, by task.
     """
     notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(adapter)]
     if not inputs.base.layout.known:
@@ -59,8 +60,8 @@ def notes_of(
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
     if isinstance(config, FDAConfig) and config.parametrization == "factors":
         notes.append(_stepped_on(ranks or {}))
-    if states is not None and states.vectors:
-        notes.append(_shown(config, states))
+    if isinstance(config, UnitwiseConfig) and rows:
+        notes.append(_shown(config, StatesFootprint.of(inputs, config, rows)))
     if isinstance(config, RegMeanConfig):
         notes.append(_solved(inputs, config, result))
     if isinstance(config, UnitwiseConfig) and config.rest == "base":
@@ -68,7 +69,7 @@ def notes_of(
     return notes
 
 
-def _shown(config: MethodConfig, states: StatesFootprint) -> str:
+def _shown(config: UnitwiseConfig, states: StatesFootprint) -> str:
     """What the merge does with rows of data, and what its estimates take them to be."""
     place = "beside" if isinstance(config, FDAConfig) and config.with_data == "mixed" else "in place of"
     what = f" {place} anchors" if isinstance(config, FDAConfig) else ""

@@ -39,7 +39,6 @@ from hf_fda.refusals import (
     check_wants_data,
 )
 from hf_fda.settings import Settings
-from hf_fda.states.footprint import StatesFootprint
 
 
 def plan(
@@ -169,7 +168,6 @@ def make_plan(
     if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
         config = _complete(replace(given, parametrization="coefficients"), inputs, as_adapter=True)
         anchoring = _anchoring(config, inputs, wanted=False)
-    states = StatesFootprint.of(inputs, config, found) if isinstance(config, UnitwiseConfig) else None
     return Plan(
         inputs=inputs,
         config=config,
@@ -182,7 +180,7 @@ def make_plan(
         seed=settings.seed,
         heads=settings.heads,
         arguments=record(inputs, config, settings, described, rows),
-        notes=tuple(notes_of(inputs, config, result, adapter, ranks, states)),
+        notes=tuple(notes_of(inputs, config, result, adapter, ranks, found)),
         adapter=adapter,
         ranks=ranks,
         data=found,

@@ -16,7 +16,10 @@ from hf_fda import costs
 from hf_fda.costs import Work
 from hf_fda.errors import InputError
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.merge_methods.distill import DistillConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.stages import assign
+from hf_fda.states.footprint import StatesFootprint
 
 if TYPE_CHECKING:
     from hf_fda.plans import Plan
@@ -93,12 +96,20 @@ def predict(plan: Plan, processes: int) -> Prediction:
         assert plan.anchoring is not None
         work = costs.construction(inputs.base, plan.anchoring, unit)
         constructing.append(speed.seconds(work, CONSTRUCTION_EFFICIENCY))
+    merging_units = processes
+    shown = StatesFootprint.of(inputs, config, plan.data).shown if isinstance(config, UnitwiseConfig) else None
     if isinstance(config, FDAConfig):
         for unit in plan.units:
-            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)), plan.ranks)
+            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)), plan.ranks, shown)
+            adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
+    if isinstance(config, DistillConfig) and shown is not None:
+        merging_units = 1  # one after the other
+        for before, unit in enumerate(plan.units):
+            work = costs.distillation(inputs.base, config, unit, len(plan.sources_of(unit)), shown, before)
             adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
     writing = [speed.seconds(costs.writing(inputs, plan.result, shard)) for shard in plan.shards]
-    return Prediction(processes, *(makespan(stage, processes) for stage in (constructing, adapting, writing)))
+    stages = (constructing, processes), (adapting, merging_units), (writing, processes)
+    return Prediction(processes, *(makespan(seconds, count) for seconds, count in stages))
 
 
 def makespan(seconds: Sequence[float], processes: int) -> float:

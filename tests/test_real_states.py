@@ -26,6 +26,7 @@ from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.data.rows import TaskRows
 from hf_fda.engine import run
 from hf_fda.errors import InputError, RunError
+from hf_fda.prediction import predict
 from hf_fda.states import StatesRecorder, UnitStates
 from hf_fda.states.files import read_states, save_states
 from hf_fda.states.objective import Examples, StatesObjective, alike, outputs
@@ -399,6 +400,8 @@ def test_the_plan_says_what_states_need(method: str, classifiers: Classifiers, t
     few, many = planned(8), planned(4000)
     assert many.disk_bytes > few.disk_bytes and many.peak_memory_bytes > few.peak_memory_bytes
     assert "anchors/" not in str(few)
+    seconds = [predict(plan, 1) for plan in (few, many)]
+    assert seconds[0].construction == 0 and seconds[0].adaptation < seconds[1].adaptation
 
 
 # -- coefficients --------------------------------------------------------------------------------------------------

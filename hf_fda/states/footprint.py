@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_fda.blocks import Unit, family_of
-from hf_fda.costs import tokens_of, width
+from hf_fda.costs import Shown, tokens_of, width
 from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig
@@ -38,6 +38,12 @@ class StatesFootprint:
         positions = tokens_of(inputs.base, FDAConfig()) if image else min(config.max_length, TEXT_POSITIONS)
         counts = {task: opened.count or config.rows or 0 for task, opened in rows.items()}
         return cls({task: count * positions for task, count in counts.items()}, width(inputs.base), positions)
+
+    @property
+    def shown(self) -> Shown:
+        """The same as an amount of work."""
+        vectors = sum(self.vectors.values())
+        return Shown(vectors // self.positions, vectors)
 
     @property
     def recorded(self) -> int:

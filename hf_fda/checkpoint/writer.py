@@ -34,7 +34,7 @@ class TensorSpec:
 class SafetensorsWriter:
     """One safetensors file, in the format's own layout, never held in memory.
 
-    When it is closed, `digest` is the SHA-256 of its bytes.
+    When it is closed, `digest` is the hash of its bytes.
 
     Args:
         path: the file to make.
@@ -96,7 +96,7 @@ class SafetensorsWriter:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a few tensors that are already in memory; the SHA-256 of the file."""
+    """Write a few tensors that are already in memory; the hash of the file."""
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, specs, metadata) as file:
         for name, tensor in tensors.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.preparation import Preparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
-from hf_fda.store import key_of
+from hf_fda.store import digest, key_of
 from hf_fda.version import versions
 
 
@@ -89,7 +88,7 @@ class CoefficientPreparation(Preparation):
 
         def write(path: Path) -> str:
             path.write_text(text, encoding="utf-8")
-            return sha256(text.encode()).hexdigest()
+            return digest(path)
 
         return write
 

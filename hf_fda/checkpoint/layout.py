@@ -233,15 +233,24 @@ class ModelLayout:
 
     def save_groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """In-memory names, in order, dealt into the smallest groups that `to_disk` can convert."""
+        reverse = self._reverse()
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            key, pattern = apply_converters(name, reverse)
+            groups.setdefault(name if pattern is None else key, []).append(name)
+        return [tuple(group) for group in groups.values()]
+
+    def unconverted(self, names: Iterable[str]) -> set[str]:
+        """Those of some in-memory names whose tensors `to_disk` only renames."""
+        reverse = self._reverse()
+        return {name for name in names if apply_converters(name, reverse)[1] is None}
+
+    def _reverse(self) -> list[Any]:
+        """What turns tensors in memory into those on disk, beside renaming."""
         conversions = getattr(self.model, "_weight_conversions", None)
         if conversions is None:
             conversions = get_model_conversion_mapping(self.model, add_legacy=False)
-        reverse = [item.reverse_transform() for item in conversions[::-1] if isinstance(item, WeightConverter)]
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            key, pattern = apply_converters(name, reverse)  # type: ignore[arg-type]
-            groups.setdefault(name if pattern is None else key, []).append(name)
-        return [tuple(group) for group in groups.values()]
+        return [item.reverse_transform() for item in conversions[::-1] if isinstance(item, WeightConverter)]
 
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in memory (whole groups, by name) under the names and in the shapes `save_pretrained` writes."""

@@ -62,7 +62,8 @@ def test_the_merge_is_the_combination_that_was_learnt(
 ) -> None:
     base, sources = classifiers
     output = tmp_path / "out"
-    hf_fda.merge(base, sources, method, output, data=rows_for(sources), granularity=granularity, **SETTINGS)
+    settings = {**SETTINGS, "granularity": granularity, "held_out": 0}
+    hf_fda.merge(base, sources, method, output, data=rows_for(sources), **settings)
     found, theta = learnt(output), weights(base)
     own = [weights(folder) for folder in sources.values()]
     assert found.sources == tuple(sources)

@@ -44,8 +44,8 @@ LOOKING: dict[str, dict[str, Any]] = {
     "regmean_pp": {"method": "regmean_pp"},
     "fisher": {"method": "fisher"},
     "distill": {"method": "distill"},
-    "fda data": {"method": "fda", "states": "data"},
-    "fda mixed": {"method": "fda", "states": "mixed"},
+    "fda data": {"method": "fda"},
+    "fda mixed": {"method": "fda", "with_data": "mixed"},
 }
 ON_ANCHORS: dict[str, dict[str, Any]] = {
     f"divmerge anchors {granularity}": {"method": "divmerge", "granularity": granularity, "data": "anchors"}

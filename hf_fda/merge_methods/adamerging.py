@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_fda.merge_methods.config import option
-from hf_fda.merge_methods.learned import Granularity, LearnedConfig
+from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.merge_methods.registry import register_config
 
 
@@ -17,10 +16,6 @@ class AdaMergingConfig(LearnedConfig):
     name: ClassVar[str] = "adamerging"
     summary: ClassVar[str] = "coefficients of the task vectors by which the outputs are least uncertain"
     paper: ClassVar[str] = "AdaMerging, arXiv 2310.02575"
-
-    granularity: Granularity = option(
-        "tensor", "which tensors share a coefficient: all of them, those of a block, or none"
-    )
 
 
 register_config(AdaMergingConfig)

@@ -112,15 +112,16 @@ class LearnedPreparation(CoefficientPreparation):
             infinite = float("inf")
             low = -infinite if config.lower is None else config.lower
             bounds = (low, infinite if config.upper is None else config.upper)
+        rounds = len(self.sources) if config.order == "turn" else 1
         return Learning(
-            steps=config.steps,
+            steps=config.steps * rounds,
             learning_rate=config.learning_rate,
             schedule=config.schedule,
             batch_size=config.batch_size,
             order=config.order,
             bounds=bounds,
             held_out=config.held_out,
-            every=config.every,
+            every=config.every * rounds,
             patience=config.patience,
             task_weights=config.source_weights(),
         )

@@ -117,7 +117,14 @@ def test_the_divergence_falls_and_the_card_says_so(files: Any, tmp_path: Path) -
 def test_a_causal_model_is_merged_with_its_embeddings(saved: Any, tmp_path: Path) -> None:
     base, folders = saved("qwen2", 2)
     sources = {"one": folders[0], "two": folders[1]}
-    hf_fda.merge(base, sources, "divmerge", tmp_path / "out", data=rows_for(sources), top_k=20, **SETTINGS)
+    hf_fda.merge(
+        base,
+        sources,
+        "divmerge",
+        tmp_path / "out",
+        data=rows_for(sources),
+        **{**SETTINGS, "top_k": 20, "granularity": "block"},
+    )
     found = learnt(tmp_path / "out")
     assert found.groups[0] == "before"
     model = hf_fda.load(tmp_path / "out")

@@ -33,15 +33,15 @@ class LearnedConfig(WeightedConfig, RowsConfig):
     scaling: float = option(0.4, "the coefficients to start from")
     lower: float | None = option(None, "no coefficient becomes less; none: no bound")
     upper: float | None = option(None, "no coefficient becomes more; none: no bound")
-    steps: int = option(60, "steps of Adam at most", minimum=0)
-    learning_rate: float = option(1e-1, "its step size", minimum=0)
+    steps: int = option(40, "minibatches of every task at most", minimum=0)
+    learning_rate: float = option(1e-1, "Adam's step size", minimum=0)
     schedule: Schedule = option("linear", "the step size stays, or falls to zero over all steps")
     batch_size: int = option(8, "rows of a task in a minibatch", minimum=1)
-    order: Order = option("mixed", "a step sees a minibatch of every task, or of one task in turn")
+    order: Order = option("turn", "a step of Adam sees a minibatch of one task in turn, or of every task")
     held_out: float = option(
         0.2, "fraction of the rows by which the best coefficients are told; 0: the last ones", minimum=0, maximum=0.9
     )
-    every: int = option(10, "steps between two looks at the rows held out", minimum=1)
+    every: int = option(4, "minibatches of every task between two looks at the rows held out", minimum=1)
     patience: int = option(4, "looks without an improvement after which to stop", minimum=1)
     task_vectors: TaskVectorForm = option(
         "float32", "how task vectors are held: in memory, or disk: read at each use; those of adapters are thin anyway"

@@ -219,7 +219,8 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
         if isinstance(config, (DistillConfig, RegMeanPlusConfig)):
             require_blocks(inputs.base.layout)
         if isinstance(config, DistillConfig):
-            config = config.completed(names, family_of(inputs.base.layout))
+            thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
+            config = config.completed(names, family_of(inputs.base.layout), thin)
         return with_source_names(config, names)
     for role in ("initial", "rest"):
         if without and getattr(config, role) not in (None, "base"):

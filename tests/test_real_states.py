@@ -355,17 +355,17 @@ def test_other_rows_are_another_merge(method: str, classifiers: Classifiers, tmp
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "vit"])
-def test_distil_merges_every_family(family: str, library: Callable[..., Any], tmp_path: Path) -> None:
-    base, sources = library(family)
+def test_distil_merges_every_family(family: str, saved: Callable[..., Any], tmp_path: Path) -> None:
+    base, sources = saved(family, **({"decoder_start_token_id": 0} if family == "t5" else {}))
     plan = hf_fda.plan(base, sources, "task_arithmetic", output=tmp_path / "plain", scaling=0.4, device="cpu")
     plain = hf_fda.Merged(run(plan, quiet=True)).load().state_dict()
     data = {
         source.name: DataLoader([dict(row) for row in rows_for(family).inputs], batch_size=1)
         for source in plan.inputs.sources
     }  # type: ignore[arg-type]
-    unit = "mlp" if family == "llama" else "block"
+    options: dict[str, Any] = {"initial": "task_arithmetic", "unit": "mlp" if family == "llama" else "block"}
     merged = hf_fda.merge(
-        *(base, sources, "distill"), output=tmp_path / "out", data=data, unit=unit, epochs=2, device="cpu", quiet=True
+        *(base, sources, "distill"), output=tmp_path / "out", data=data, epochs=2, **options, device="cpu", quiet=True
     )
     tensors = merged.load().state_dict()
     moved = {name for name in tensors if not torch.equal(tensors[name], plain[name])}

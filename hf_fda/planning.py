@@ -206,7 +206,8 @@ def open_rows(
     if data is None:
         return {}
     assert isinstance(config, RowsConfig)
-    return open_data(data, inputs, Reading(config.rows, config.max_length, seed, trust_remote_code))
+    reading = Reading(config.rows, config.max_length, seed, trust_remote_code)
+    return open_data(data, inputs, reading, of_all=config.data == "must")
 
 
 def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodConfig:
@@ -253,7 +254,9 @@ def _anchoring(config: MethodConfig, inputs: Inputs, wanted: bool) -> FDAConfig 
         return config if isinstance(config, FDAConfig) else None
     require_blocks(inputs.base.layout)
     family, size = family_of(inputs.base.layout), hidden_size(inputs.base.config)
-    return agree_with_anchors(FDAConfig(initial="base"), inputs).for_family(family, size)
+    # By squared error: the metric of the shift overshoots where few numbers are learnt
+    config = FDAConfig(initial="base", adaptation_distance="mse")
+    return agree_with_anchors(config, inputs).for_family(family, size)
 
 
 def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:

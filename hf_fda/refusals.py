@@ -105,8 +105,8 @@ def check_rows(config: MethodConfig, rows: Mapping[str, OpenedData]) -> None:
             raise InputError(f"source '{task}' is a regression, which has no entropy; 'divmerge' takes it")
         if own.lacks_targets and not isinstance(config, LearnedConfig):
             raise InputError(
-                f"data of '{task}': '{config.name}' has to know what an encoder-decoder is to write on each row: name the "
-                "column (target), or use 'divmerge', which lets the source write"
+                f"data of '{task}': '{config.name}' has to know what an encoder-decoder is to write on each row: name "
+                "that column (target), or use 'divmerge', which lets the source write"
             )
 
 

@@ -25,7 +25,7 @@ from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.regmean import FoundRegMean, RegMeanConfig, RegMeanPlusConfig, SettledRegMean
 from hf_fda.preparation import Preparation
-from hf_fda.regmean_preparation import STATISTICS, merged_layers
+from hf_fda.regmean_preparation import STATISTICS, configs_of, merged_layers
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.statistics.following import following_grams
@@ -56,7 +56,7 @@ class RegMeanPlusPreparation(Preparation):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         assert isinstance(self.plan.config, RegMeanPlusConfig)
-        self.config = self.plan.config
+        self.configs = configs_of(self.plan)
         self.base, self.sources = self.plan.inputs.base, self.plan.inputs.weighted
         weights = merged_layers(self.plan)
         self.blocks = [block for block in find_blocks(self.base.layout.model) if self._everywhere(block)]
@@ -66,6 +66,7 @@ class RegMeanPlusPreparation(Preparation):
         if after:
             self.steps.append(Step(None, after))
         self.before = [name for name in self.base.names if where[name] == "before"]
+        self._shared: dict[str, Tensor] = {}  # of `before`, for as long as steps are made
         self.step_of = {name: number for number, step in enumerate(self.steps) for name in step.weights}
 
     def _everywhere(self, block: str) -> bool:
@@ -93,6 +94,7 @@ class RegMeanPlusPreparation(Preparation):
                 for piece in self._inputs(number - 1):
                     self.run.store.remove(piece.file)
             yield [self._merging(number)]
+        self._shared.clear()
 
     def _first(self) -> int:
         """The step to go on with: the first one that is not merged, or an earlier one where what it needs is lost."""
@@ -120,8 +122,9 @@ class RegMeanPlusPreparation(Preparation):
         return FoundRegMean(**vars(config), read=partial(self._task, name))
 
     def _key(self, number: int) -> str:
-        facts = self.config.options(), self.run.fingerprints, self.run.data_prints, versions()
-        return key_of("regmean_pp", [(step.block, step.weights) for step in self.steps[: number + 1]], *facts)
+        steps = [(step.block, step.weights) for step in self.steps[: number + 1]]
+        options = {name: config.options() for name, config in self.configs.items()}
+        return key_of("regmean_pp", steps, options, self.run.fingerprints, self.run.data_prints, versions())
 
     # -- the sources' inputs ---------------------------------------------------------------------------------------
 
@@ -156,19 +159,25 @@ class RegMeanPlusPreparation(Preparation):
 
     def _merged_for(self, source: AlignedSource, number: int) -> dict[str, Callable[[], Tensor]]:
         """What a source's model takes from the merged one in a step, by the source's names."""
-        names = list(self.before)
+        makers = {name: partial(self._merged_before, name) for name in self.before}
         if number:
-            names += [name for name in self.base.names if name.startswith(f"{self.blocks[number - 1]}.")]
-        merged = {self.plan.result.base_names.get(name) for name, r in self.plan.result.recipes.items() if r.config}
-        shared = [name for name in names if name in source.tensor_of and name in merged]
-        return {source.tensor_of[name]: partial(self._merged, name) for name in shared}
+            last = f"{self.blocks[number - 1]}."
+            makers |= {name: partial(self._merged, name) for name in self.base.names if name.startswith(last)}
+        shared = [name for name in makers if name in source.tensor_of and name in self.configs]
+        return {source.tensor_of[name]: makers[name] for name in shared}
 
     def _merged(self, name: str) -> Tensor:
         """One of the base's tensors as it is merged, in float32."""
         base = self.base.read(name).float()
         if name in self.step_of:
             return base + self._task(name, slice(0, base.numel())).view_as(base)
-        return base + self.run.vectors.merged_task(name, self.config.mean())
+        return base + self.run.vectors.merged_task(name, self.configs[name].mean())
+
+    def _merged_before(self, name: str) -> Tensor:
+        """As `_merged`, of what lies before the blocks, which every source needs in every step."""
+        if name not in self._shared:
+            self._shared[name] = self._merged(name)
+        return self._shared[name]
 
     # -- the merge -------------------------------------------------------------------------------------------------
 
@@ -194,6 +203,7 @@ class RegMeanPlusPreparation(Preparation):
 
     def _solve(self, name: str, found: Sequence[GramFiles]) -> Tensor:
         base, tasks = self.run.vectors.read(name, torch.float32)
-        grams = gram_of(found, name, self.config.normalize)
-        config = self.config.mean() if grams is None else SettledRegMean(**vars(self.config), grams=grams)
+        own = self.configs[name]
+        grams = gram_of(found, name, own.normalize)
+        config = own.mean() if grams is None else SettledRegMean(**vars(own), grams=grams)
         return apply_method(config, base, tasks, self.base.layout.roles[name]).cpu().contiguous()

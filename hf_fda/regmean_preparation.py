@@ -28,9 +28,14 @@ STATISTICS = f"{WORK}/statistics"
 
 def merged_layers(plan: Plan) -> list[str]:
     """The base's names of the weights of linear layers that a plan merges by RegMean or RegMean++."""
+    return layer_weights(plan.inputs.base, configs_of(plan))
+
+
+def configs_of(plan: Plan) -> dict[str, RegMeanConfig]:
+    """By the base's names of the tensors that a plan merges by RegMean or RegMean++, the options for each."""
     result = plan.result
-    by_regmean = [name for name, recipe in result.recipes.items() if isinstance(recipe.config, RegMeanConfig)]
-    return layer_weights(plan.inputs.base, [result.base_names[name] for name in by_regmean])
+    found = {name: recipe.config for name, recipe in result.recipes.items()}
+    return {result.base_names[name]: own for name, own in found.items() if isinstance(own, RegMeanConfig)}
 
 
 class RegMeanPreparation(Preparation):

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_fda import costs
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
 from hf_fda.devices import release_memory
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
 from hf_fda.publish import publish
 from hf_fda.recipes import Recipe, out_dtype
 from hf_fda.running import Run

@@ -238,7 +238,7 @@ def test_the_answers_that_were_recorded_are_there_after_a_failure(
 ) -> None:
     base, sources, data = files
     _merge(base, sources, tmp_path / "undisturbed", data)
-    import hf_fda.learned_preparation as module
+    import hf_fda.preparing.learned as module
 
     recorded: list[str] = []
     real = module.record

@@ -12,10 +12,10 @@ from hf_fda.adapting import objective_of
 from hf_fda.anchors.coefficients import UnitProblem, learn_coefficients
 from hf_fda.anchors.pieces import Anchors
 from hf_fda.blocks import Unit
-from hf_fda.coefficient_preparation import CoefficientPreparation
 from hf_fda.coefficients import Coefficients
 from hf_fda.divergence.groups import group
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.preparing.coefficients import CoefficientPreparation
 from hf_fda.stages import Piece
 
 

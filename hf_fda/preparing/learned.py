@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.coefficient_preparation import CoefficientPreparation
 from hf_fda.coefficients import Coefficients, Seen
 from hf_fda.data.rows import Kind
 from hf_fda.divergence.coefficients import MergedParameters
@@ -20,10 +19,11 @@ from hf_fda.divergence.outputs import open_outputs, record
 from hf_fda.divergence.task_models import source_model, task_model
 from hf_fda.merge_methods.divmerge import DivMergeConfig
 from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.preparing.coefficients import CoefficientPreparation
+from hf_fda.preparing.targets import writing_pieces
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, digest, key_of
 from hf_fda.version import versions
-from hf_fda.writing_targets import writing_pieces
 
 OUTPUTS = f"{WORK}/outputs"
 """Where the sources' answers lie until the coefficients are learnt."""

@@ -16,7 +16,7 @@ from hf_fda.estimate import merged_by_method
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.store import digest, key_of

@@ -14,11 +14,11 @@ from hf_fda.blocks import Unit
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.preparing.units import UnitPreparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.states.pieces import Recordings
 from hf_fda.store import key_of
-from hf_fda.unit_preparation import UnitPreparation
 from hf_fda.version import versions
 
 

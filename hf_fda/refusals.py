@@ -13,7 +13,6 @@ from hf_fda.data.request import ANCHORS
 from hf_fda.errors import InputError
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import MethodConfig
-from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.plans import Plan, readable_size
 from hf_fda.provenance import Described
@@ -103,7 +102,7 @@ def check_rows(config: MethodConfig, rows: Mapping[str, OpenedData]) -> None:
     for task, own in rows.items():
         if config.name == "adamerging" and own.kind == "values":
             raise InputError(f"source '{task}' is a regression, which has no entropy; 'divmerge' takes it")
-        if own.lacks_targets and not isinstance(config, LearnedConfig):
+        if own.lacks_targets and isinstance(config, UnitwiseConfig):
             raise InputError(
                 f"data of '{task}': '{config.name}' has to know what an encoder-decoder is to write on each row: name "
                 "that column (target), or use 'divmerge', which lets the source write"

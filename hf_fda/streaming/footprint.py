@@ -10,6 +10,7 @@ import torch
 
 from hf_fda.checkpoint.writer import Shard
 from hf_fda.inputs import Inputs
+from hf_fda.merge_methods import MethodConfig
 from hf_fda.recipes import Output, out_dtype
 from hf_fda.streaming.taskvectors import read_in_parts
 from hf_fda.streaming.tensorwise import BLOCK, PART, parts_of
@@ -77,12 +78,18 @@ class Footprint:
         held = trims(recipe.config)
         role = result.layout.roles[name]
         if not held and not recipe.config.spans and not alone(recipe.config, role):
-            shape = result.layout.shapes[name]
-            d_out, d_in = shape[::-1] if role == "conv1d" else shape[-2:]
-            return written + entries * 4 * (3 * len(sources) + 8) + recipe.config.extra_bytes((d_out, d_in))
+            return written + entries * 4 * (3 * len(sources) + 8) + self._extra(name, recipe.config)
         whole = [source for source in sources if own in source.tensor_of and not source.in_parts(own)]
         converted = 2 * read if whole or not self.inputs.base.in_parts(own) else 0
         return written + converted + (read if held else 0)
+
+    def _extra(self, name: str, config: MethodConfig) -> int:
+        """Bytes that a method needs for a matrix beside its task vectors."""
+        shape, role = self.result.layout.shapes[name], self.result.layout.roles[name]
+        if len(shape) < 2:
+            return 0
+        d_out, d_in = shape[::-1] if role == "conv1d" else shape[-2:]
+        return config.extra_bytes((d_out, d_in))
 
     def read_bytes(self, own: str) -> int:
         """Bytes of one of the base's tensors in base and sources, as they are stored."""

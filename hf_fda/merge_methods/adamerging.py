@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.merge_methods.config import option
+from hf_fda.merge_methods.learned import LearnedConfig, Schedule
 from hf_fda.merge_methods.registry import register_config
 
 
@@ -16,6 +17,11 @@ class AdaMergingConfig(LearnedConfig):
     name: ClassVar[str] = "adamerging"
     summary: ClassVar[str] = "coefficients of the task vectors by which the outputs are least uncertain"
     paper: ClassVar[str] = "AdaMerging, arXiv 2310.02575"
+
+    # Large steps end where every answer is certain and wrong; these go as far as 500 of 1e-3, as published
+    scaling: float = option(0.3, "the coefficients to start from")
+    learning_rate: float = option(2.5e-3, "Adam's step size", minimum=0)
+    schedule: Schedule = option("constant", "the step size stays, or falls to zero over all steps")
 
 
 register_config(AdaMergingConfig)

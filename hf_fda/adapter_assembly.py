@@ -48,7 +48,7 @@ class AdapterAssembly(Assembly):
     @property
     def parts(self) -> tuple[Target, ...]:
         """What is made one by one; nothing where an earlier run finished the adapter."""
-        return () if self._finished else self.adapter.targets
+        return () if self._finished else self.adapter.parts
 
     @cached_property
     def _finished(self) -> bool:
@@ -56,7 +56,7 @@ class AdapterAssembly(Assembly):
 
     @cached_property
     def _whole_key(self) -> str:
-        return key_of([self._key(target) for target in self.adapter.targets], self.plan.arguments)
+        return key_of([self._key(target) for target in self.adapter.parts], self.plan.arguments)
 
     def tensors_in(self, target: Target) -> set[str]:
         """The base's name of the tensor."""
@@ -130,10 +130,10 @@ class AdapterAssembly(Assembly):
         ranks = {name: product.rank for name, product in factors.items()}
         base = self.plan.inputs.base
         config = adapter_config(self.adapter, ranks, base.id.partition("@")[0], base.commit)
-        base_name = {target.name: target.base_name for target in self.parts}
-        known = {own: name for name, own in self.plan.inputs.weighted[0].tensor_of.items()}
+        base_name = {own: name for name, own in self.plan.inputs.weighted[0].tensor_of.items()}
+        tied = self.adapter.layout.tied
         tensors = adapter_tensors(
-            self.adapter, factors, others, lambda name: base.read(base_name.get(name) or known[name])
+            self.adapter, factors, others, lambda name: base.read(base_name[tied.get(name, name)])
         )
         dtype = self.plan.dtype or torch.float32
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -148,7 +148,8 @@ class AdapterAssembly(Assembly):
 
     def _gathered(self) -> tuple[dict[str, LowRank], dict[str, Tensor], AdapterReport]:
         factors, others, reports = {}, {}, []
-        for target in self.parts:
+        parts = self.adapter.parts
+        for target in self.adapter.targets:
             path = self.plan.output / FACTORS / f"{target.base_name}.safetensors"
             found: dict[str, Any] = {name: read_tensor(path, entry) for name, entry in read_header(path).items()}
             if not target.factored:
@@ -156,5 +157,6 @@ class AdapterAssembly(Assembly):
                 continue
             product = LowRank(found["left"], found["right"], self.plan.inputs.base.shape(target.base_name))
             factors[target.name] = product
-            reports.append(ModuleReport(target.place, product.rank, *found["facts"].tolist()))
+            if target in parts:
+                reports.append(ModuleReport(target.place, product.rank, *found["facts"].tolist()))
         return factors, others, AdapterReport(tuple(reports))

@@ -65,7 +65,7 @@ def adapted_unit(
         if real:
             objective: Aim = _mixed(config, module, call, moved, real, plan.device)
         else:
-            objective = _objective(config, module, call, moved, plan.device)
+            objective = objective_of(config, module, call, moved, plan.device)
         adapted = adapt_unit(
             module,
             call,
@@ -102,7 +102,7 @@ def _frozen(config: FDAConfig, unit: Unit, found: Sequence[UnitAnchors], vectors
     return frozen | {name.removeprefix(f"{unit.name}.") for name in unit.tensors if not vectors.may_move(name)}
 
 
-def _objective(
+def objective_of(
     config: FDAConfig, module: nn.Module, call: UnitCall, found: Sequence[UnitAnchors], device: torch.device
 ) -> Objective:
     """What a unit shall match, from the base's unit and the anchors of the sources that move it."""

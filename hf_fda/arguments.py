@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_fda.data.request import said_on_command_line
+from hf_fda.data.request import ANCHORS, said_on_command_line
 from hf_fda.errors import InputError, nearest
 
 SETTINGS = (
@@ -98,8 +98,10 @@ def read_options(options: Any) -> dict[str, Any]:
     return options
 
 
-def _data(arguments: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
-    """The rows of data that a command line names."""
+def _data(arguments: argparse.Namespace) -> dict[str, dict[str, Any]] | str | None:
+    """The rows of data that a command line names, or the word for anchors in their place."""
+    if arguments.data == [ANCHORS]:
+        return ANCHORS
     words = arguments.data or (), arguments.columns or (), arguments.split or ()
     return said_on_command_line(*words) if any(words) else None
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_fda import costs
 from hf_fda.checkpoint.writer import SafetensorsWriter, Shard
 from hf_fda.devices import release_memory
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
 from hf_fda.publish import publish
 from hf_fda.recipes import Recipe, out_dtype
 from hf_fda.running import Run
@@ -21,6 +24,7 @@ from hf_fda.stages import Piece
 from hf_fda.store import WORK, key_of
 from hf_fda.streaming.footprint import AHEAD_BYTES, Footprint
 from hf_fda.streaming.merging_tensors import TensorMerger, check_finite
+from hf_fda.streaming.tensorwise import parts_of
 from hf_fda.streaming.workers import Workers
 from hf_fda.version import versions
 
@@ -36,6 +40,15 @@ def rule_of(recipe: Recipe, seed: int) -> tuple[Any, ...]:
     if recipe.config is None:
         return (recipe.rule,)
     return recipe.rule, recipe.config.name, recipe.config.options(), seed if recipe.config.random else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step in the writing of a weight file: `make` gives the next entries of some tensors, flat, by their names on
+    disk; `held` is the bytes that it takes until they are written."""
+
+    held: int
+    make: Callable[[], dict[str, Tensor]]
 
 
 class Assembly(ABC):
@@ -113,23 +126,38 @@ class CheckpointAssembly(Assembly):
         return found if isinstance(found, Tensor) else self.plan.inputs.base.read(name).float() + found.dense()
 
     def _fill(self, path: Path, shard: Shard) -> str:
-        """Write a weight file tensor by tensor, the next ones being merged meanwhile; its hash."""
-        result, written = self.plan.result, 0
-        held = {group: sum(self.footprint.of(name) for name in group) for group in shard.groups}
+        """Write a weight file step by step, the next ones being merged meanwhile; its hash."""
+        written = 0
         with Workers() as workers, SafetensorsWriter(path, shard.specs) as file:
-            merger = TensorMerger(self.vectors, workers)
-            made = workers.in_order(partial(self._group, merger), shard.groups, held.__getitem__, AHEAD_BYTES)
-            for tensors in made:
-                for name, tensor in result.layout.to_disk(tensors).items():
-                    file.write(name, tensor)
-                    written += tensor.nbytes
+            steps = self._steps(TensorMerger(self.vectors, workers), shard)
+            for made in workers.in_order(lambda step: step.make(), steps, lambda step: step.held, AHEAD_BYTES):
+                for name, entries in made.items():
+                    file.append(name, entries)
+                    written += entries.nbytes
                 if written > RELEASE_EVERY:
                     release_memory()
                     written = 0
         return file.digest
 
+    def _steps(self, merger: TensorMerger, shard: Shard) -> Iterator[Step]:
+        """What is done for a weight file, in order."""
+        for group in shard.groups:
+            sizes = self.footprint.steps(group)
+            if not self.footprint.by_parts(group):
+                yield Step(sizes[0], partial(self._group, merger, group))
+                continue
+            name, shape = group[0], self.plan.result.layout.shapes[group[0]]
+            disk = next(iter(self.plan.result.layout.to_disk({name: torch.empty(shape, device="meta")})))
+            own, config = self.plan.result.base_names[name], self.plan.result.recipes[name].config
+            assert config is not None
+            merge = merger.by_parts(own, self.preparation.settled(own, config), shard.specs[disk].dtype)
+            for size, part in zip(sizes, parts_of(prod(shape)), strict=True):
+                yield Step(size, partial(_part, disk, merge, part))
+
     def _group(self, merger: TensorMerger, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self._tensor(merger, name) for name in names}
+        """All entries of tensors that are written together, by their names on disk."""
+        tensors = {name: self._tensor(merger, name) for name in names}
+        return {name: tensor.flatten() for name, tensor in self.plan.result.layout.to_disk(tensors).items()}
 
     def _tensor(self, merger: TensorMerger, name: str) -> Tensor:
         """One merged tensor in memory layout and in the type that is written, on the CPU, by its recipe.
@@ -149,3 +177,7 @@ class CheckpointAssembly(Assembly):
         mean = self.vectors.soup(name, recipe.config)
         check_finite(name, mean)
         return mean.to(dtype)
+
+
+def _part(name: str, merge: Callable[[slice], Tensor], part: slice) -> dict[str, Tensor]:
+    return {name: merge(part)}

@@ -32,8 +32,8 @@ class Coefficients:
 
     `values` is K x G, with the `sources` as rows and the `groups` as columns; `group_of` says of the base's tensors in
     which group each is, `block_of` of the groups in which block (groups of one block may be shown together).
-    `objective` says in words what was minimised; `history` how it fell; `best_step` whose coefficients
-    these are.
+    `objective` says in words what was minimised; `history` how it fell, where that was looked at; `best_step` whose
+    coefficients these are.
     """
 
     sources: tuple[str, ...]
@@ -93,8 +93,9 @@ class Coefficients:
     def rows(self) -> list[tuple[str, ...]]:
         """A table in words: a row for each block, and what was minimised before and after."""
         rows = [(block, *map(_cell, spreads)) for block, spreads in self.by_block().items()]
-        rows.append((f"{self.objective}, before", *(f"{value:.4f}" for value in self.before)))
-        rows.append((f"{self.objective}, after", *(f"{value:.4f}" for value in self.after)))
+        if self.history:
+            rows.append((f"{self.objective}, before", *(f"{value:.4f}" for value in self.before)))
+            rows.append((f"{self.objective}, after", *(f"{value:.4f}" for value in self.after)))
         return rows
 
     def __str__(self) -> str:

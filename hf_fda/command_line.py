@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--source", action="append", metavar="[TASK=]S", help="a fine-tune of the base; repeat")
         command.add_argument("--method", help="merge method (default fda); see hf-fda methods")
         command.add_argument(
-            "--data", action="append", metavar="TASK=ROWS", help="a task's rows: a file or Hub dataset"
+            "--data", action="append", metavar="TASK=ROWS", help="its rows: a file or dataset; or: anchors"
         )
         command.add_argument(
             "--columns", action="append", metavar="TASK=A[,B]", help="its text, or both texts of a pair"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
+from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.streaming.tensorwise import by_entry
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from hf_fda.checkpoint.interface import Checkpoint
     from hf_fda.checkpoint.writer import Shard
     from hf_fda.inputs import Inputs
-    from hf_fda.merge_methods import FDAConfig, MethodConfig
+    from hf_fda.merge_methods import MethodConfig
+    from hf_fda.merge_methods.distill import DistillConfig
     from hf_fda.recipes import Output
 
 # The numbers of passes and calls, and the efficiencies in `hf_fda.prediction`, were fitted to the process time of BERT
@@ -95,6 +97,14 @@ class Work:
         return self.flops + FLOPS_PER_BYTE * self.moved + stored + FLOPS_PER_CALL * self.calls
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Real hidden states that a unit is matched on: so many rows, and vectors in them, of all sources together."""
+
+    rows: int = 0
+    vectors: int = 0
+
+
 def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
     """All steps of constructing one unit's anchors for one source (it may stop earlier, by `patience`)."""
     tokens, steps = (config.num_anchors or 0) * tokens_of(base, config), config.steps
@@ -115,9 +125,14 @@ def recording(base: Checkpoint, units: Sequence[Unit]) -> Work:
 
 
 def adaptation(
-    base: Checkpoint, config: FDAConfig, unit: Unit, sources: int, ranks: Mapping[str, int] | None = None
+    base: Checkpoint,
+    config: FDAConfig,
+    unit: Unit,
+    sources: int,
+    ranks: Mapping[str, int] | None = None,
+    shown: Shown | None = None,
 ) -> Work:
-    """All passes of adapting one unit to the anchors of all sources, from where it starts.
+    """All passes of adapting one unit to the anchors, or the real hidden states, of all sources, from where it starts.
 
     Args:
         base: whose unit it is.
@@ -125,10 +140,14 @@ def adaptation(
         unit: which.
         sources: number of sources.
         ranks: by tensor, of the thin factors that are stepped on.
+        shown: the real hidden states that are matched.
     """
     initial = config.initial if not isinstance(config.initial, (str, type(None))) else None
-    anchors, epochs = (config.num_anchors or 0) * sources, config.epochs or 0
-    tokens, steps = anchors * tokens_of(base, config), epochs * ceil(anchors / (config.batch_size or 128))
+    shown = shown or Shown()
+    anchors = (config.num_anchors or 0) * sources if not shown.rows or config.with_data == "mixed" else 0
+    examples, epochs = anchors + shown.rows, config.epochs or 0
+    tokens = anchors * tokens_of(base, config) + shown.vectors
+    steps = epochs * ceil(examples / (config.batch_size or 128))
     parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
     activations = 4 * tokens * outputs(base, unit.tensors)
     factored = sum(
@@ -144,6 +163,24 @@ def adaptation(
     if initial is None:
         return work
     return sum((merging(base, initial, name, sources) for name in unit.tensors), work)
+
+
+def distillation(base: Checkpoint, config: DistillConfig, unit: Unit, sources: int, shown: Shown, before: int) -> Work:
+    """All passes of distilling one unit, and those over the units before it that make its hidden states.
+
+    Args:
+        base: whose unit it is.
+        config: complete.
+        unit: which.
+        sources: number of sources.
+        shown: the real hidden states of all of them.
+        before: how many units lie before it.
+    """
+    alike = FDAConfig(
+        initial=config.initial, parametrization="coefficients", epochs=config.epochs, batch_size=config.batch_size
+    )
+    passes = Work(flops=(before + 2) * 2 * shown.vectors * active_entries(base, unit.tensors))
+    return adaptation(base, alike, unit, sources, shown=shown) + passes
 
 
 def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> Work:

@@ -5,30 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_fda.adapter_assembly import AdapterAssembly
-from hf_fda.anchor_preparation import AnchorPreparation
 from hf_fda.assembly import Assembly, CheckpointAssembly
-from hf_fda.distill_preparation import DistillPreparation
 from hf_fda.errors import InputError, RunError
-from hf_fda.fisher_preparation import FisherPreparation
-from hf_fda.learned_preparation import LearnedPreparation
-from hf_fda.merge_methods import FDAConfig, MethodConfig
-from hf_fda.merge_methods.distill import DistillConfig
-from hf_fda.merge_methods.fisher import FisherConfig
-from hf_fda.merge_methods.learned import LearnedConfig
-from hf_fda.merge_methods.regmean import RegMeanConfig, RegMeanPlusConfig
 from hf_fda.plans import Plan
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
+from hf_fda.preparing.registry import preparation_of
 from hf_fda.processes import Team, together
 from hf_fda.progress import Progress
 from hf_fda.refusals import check_disk
-from hf_fda.regmean_pp_preparation import RegMeanPlusPreparation
-from hf_fda.regmean_preparation import RegMeanPreparation
 from hf_fda.running import ROWS, Run
 from hf_fda.sharing import check_same, check_shared
 from hf_fda.store import Store, key_of
-from hf_fda.streaming.global_trim import GlobalTrim
 from hf_fda.streaming.taskvectors import TaskVectors, warn_of_equals
-from hf_fda.streaming.trimming import trims_globally
 from hf_fda.version import versions
 
 
@@ -66,25 +54,6 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
             # An input that was whole when the plan was made: a download that broke off
             raise RunError(f"{error}; the same call goes on from here") from None
     return plan.output
-
-
-PREPARATIONS: dict[type[MethodConfig], type[Preparation]] = {
-    FDAConfig: AnchorPreparation,
-    DistillConfig: DistillPreparation,
-    LearnedConfig: LearnedPreparation,
-    FisherConfig: FisherPreparation,
-    RegMeanConfig: RegMeanPreparation,
-    RegMeanPlusConfig: RegMeanPlusPreparation,
-}
-"""What the methods that have to find something out do before tensors are written, by their configs."""
-
-
-def preparation_of(run: Run) -> Preparation:
-    """What a plan's method does before tensors are written."""
-    for kind in type(run.plan.config).mro():
-        if kind in PREPARATIONS:
-            return PREPARATIONS[kind](run)
-    return GlobalTrim(run) if trims_globally(run.plan.config) else Preparation(run)
 
 
 def _merge(run: Run, preparation: Preparation) -> None:

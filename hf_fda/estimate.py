@@ -2,53 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import prod
-
-import torch
+from typing import TYPE_CHECKING
 
 from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
-from hf_fda.checkpoint.writer import Shard
 from hf_fda.costs import tokens_of, width
-from hf_fda.data.opening import OpenedData
 from hf_fda.divergence.footprint import learning_bytes
 from hf_fda.inputs import Inputs
-from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods import FDAConfig
+from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.learned import LearnedConfig
-from hf_fda.recipes import Output
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
+from hf_fda.states.footprint import StatesFootprint
 from hf_fda.statistics.footprint import statistics_bytes
 from hf_fda.streaming.footprint import Footprint
 
+if TYPE_CHECKING:
+    from hf_fda.plans import Plan
 
-def peak_memory_bytes(
-    inputs: Inputs,
-    config: MethodConfig,
-    units: Sequence[Unit],
-    result: Output,
-    shards: Sequence[Shard],
-    dtype: torch.dtype | None,
-    adapter: AdapterPlan | None = None,
-    ranks: Mapping[str, int] | None = None,
-    rows: Mapping[str, OpenedData] | None = None,
-) -> int:
+
+def peak_memory_bytes(plan: Plan) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
-    writing = [Footprint(inputs, result, dtype).peak(shard) for shard in shards]
-    stages = writing if adapter is None else [_factor_stage(inputs, adapter)]
-    if isinstance(config, FDAConfig) and units:
-        stages.append(max(construction_bytes(inputs, config, unit) for unit in units))
-        stages.append(max(adaptation_bytes(inputs, config, unit, ranks or {}) for unit in units))
-    if isinstance(config, LearnedConfig):
-        stages.append(learning_bytes(inputs, config, _merged_by(config, result), rows or {}))
-    stages.append(statistics_bytes(inputs, config, _merged_by(config, result), rows or {})[0])
+    inputs = plan.inputs
+    writing = [Footprint(inputs, plan.result, plan.dtype).peak(shard) for shard in plan.shards]
+    stages = writing if plan.adapter is None else [_factor_stage(inputs, plan.adapter)]
+    if plan.anchoring is not None and plan.constructions:
+        stages += [construction_bytes(inputs, plan.anchoring, unit) for unit in plan.units]
+    if isinstance(plan.config, UnitwiseConfig):
+        stages += _unit_stages(plan, plan.config)
+    elif isinstance(plan.config, LearnedConfig) and plan.anchoring is not None:
+        stages += [coefficient_bytes(inputs, plan.anchoring, unit) for unit in plan.units]
+    elif isinstance(plan.config, LearnedConfig):
+        stages.append(learning_bytes(inputs, plan.config, merged_by_method(plan), plan.data))
+    stages.append(statistics_bytes(inputs, plan.config, merged_by_method(plan), plan.data)[0])
     read = [adapter_of(own.checkpoint) for own in inputs.weighted]
     return max(stages) + sum(t.nbytes for own in read if own is not None for t in own.files.tensors.values())
 
 
-def _merged_by(config: MethodConfig, result: Output) -> list[str]:
+def _unit_stages(plan: Plan, config: UnitwiseConfig) -> list[int]:
+    """What the units need while they are matched, one by one."""
+    inputs, states = plan.inputs, StatesFootprint.of(plan.inputs, config, plan.data)
+    found = []
+    if states.vectors:
+        largest = max(_entries(inputs, unit.tensors) for unit in plan.units)
+        found.append(states.recording(plan.units) + 4 * largest)
+    if isinstance(config, FDAConfig):
+        beside = states.learning(1) if states.vectors else 0
+        anchored = any(plan.anchored(source) for source in inputs.sources)
+        found += [adaptation_bytes(inputs, config, unit, plan.ranks, anchored) + beside for unit in plan.units]
+    if isinstance(config, DistillConfig):
+        found += [distillation_bytes(inputs, unit) + states.learning(2) for unit in plan.units]
+    return found
+
+
+def merged_by_method(plan: Plan) -> list[str]:
     """The base's names of the tensors that are merged by the plan's own method."""
-    return [result.base_names[name] for name, own in result.recipes.items() if own.config is config]
+    recipes, known = plan.result.recipes, plan.result.base_names
+    return [known[name] for name, own in recipes.items() if own.config is plan.config]
 
 
 def _factor_stage(inputs: Inputs, adapter: AdapterPlan) -> int:
@@ -84,16 +97,19 @@ def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     return entries * 4 * 14 + _activations(inputs, config, unit) * 4 * 8
 
 
-def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit, ranks: Mapping[str, int]) -> int:
+def adaptation_bytes(
+    inputs: Inputs, config: FDAConfig, unit: Unit, ranks: Mapping[str, int], anchored: bool = True
+) -> int:
     """Parameters, gradients, two moments, the step and its scale, the start to stay near to; the tensor that is read
     from all sources, with its decomposition where it is factored; anchors, targets and metrics.
 
     What is factored has of itself the parameter, the base's, the gradient and the product; all else of its factors.
+    Without anchors only the rest.
     """
     largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
     size, tokens = width(inputs.base), (config.num_anchors or 0) * tokens_of(inputs.base, config)
     metric = size * size if config.adaptation_distance == "shift" else 0
-    anchors = len(inputs.sources) * (tokens * size * 2 + metric)
+    anchors = len(inputs.sources) * (tokens * size * 2 + metric) if anchored else 0
     copies = 8 if config.interpolation == 1 else 9
     factored = [name for name in unit.tensors if name in ranks]
     thin = sum(factor_entries(inputs.base.shape(name), ranks[name]) for name in factored)
@@ -101,6 +117,20 @@ def adaptation_bytes(inputs: Inputs, config: FDAConfig, unit: Unit, ranks: Mappi
     own = (dense + thin) * copies + _entries(inputs, factored) * 4
     decomposed = max((_entries(inputs, [name]) for name in factored), default=0) * 6
     return (own + largest + decomposed + anchors) * 4
+
+
+def distillation_bytes(inputs: Inputs, unit: Unit) -> int:
+    """Parameters, gradients, two moments, the step and its scale, the start to go back to, the source's and the base's
+    unit; the tensor that is read from all sources in float64. Hidden states come beside."""
+    largest = max(_entries(inputs, [name]) for name in unit.tensors) * (len(inputs.sources) + 2)
+    return 4 * (_entries(inputs, unit.tensors) * 11 + 2 * largest)
+
+
+def coefficient_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
+    """The base's unit, its origin, gradients and all sources' task vectors; anchors, targets and metrics."""
+    size, tokens = width(inputs.base), (config.num_anchors or 0) * tokens_of(inputs.base, config)
+    anchors = len(inputs.sources) * (tokens * size * 2 + size * size) + _activations(inputs, config, unit) * 4
+    return 4 * (_entries(inputs, unit.tensors) * (4 + len(inputs.sources)) + anchors)
 
 
 def _activations(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
@@ -114,21 +144,16 @@ def _entries(inputs: Inputs, names: Iterable[str]) -> int:
     return sum(prod(inputs.base.layout.shapes[name]) for name in names)
 
 
-def disk_bytes(
-    inputs: Inputs,
-    config: MethodConfig,
-    units: Sequence[Unit],
-    result: Output,
-    shards: Sequence[Shard],
-    adapter: AdapterPlan | None = None,
-    rows: Mapping[str, OpenedData] | None = None,
-) -> int:
+def disk_bytes(plan: Plan) -> int:
     """Bytes the output folder will take, with what is there while it is being made (an adapter: its parts too)."""
-    model = sum(shard.nbytes for shard in shards) + (0 if adapter is None else 2 * adapter_bytes(inputs, adapter))
-    if not isinstance(config, FDAConfig):
-        return model + statistics_bytes(inputs, config, _merged_by(config, result), rows or {})[1]
-    blocks = sum(_entries(inputs, unit.tensors) for unit in units) * 4
-    tokens = tokens_of(inputs.base, config)
-    constructed = sum(source.anchors is None for source in inputs.sources)
-    anchors = constructed * len(units) * (config.num_anchors or 0) * tokens * width(inputs.base) * 4 * 2
-    return model + blocks + anchors
+    inputs, config, units = plan.inputs, plan.config, plan.units
+    total = sum(shard.nbytes for shard in plan.shards)
+    total += 0 if plan.adapter is None else 2 * adapter_bytes(inputs, plan.adapter)
+    total += statistics_bytes(inputs, config, merged_by_method(plan), plan.data)[1]
+    if isinstance(config, UnitwiseConfig):
+        total += sum(_entries(inputs, unit.tensors) for unit in units) * 4
+        total += StatesFootprint.of(inputs, config, plan.data).on_disk(inputs, units)
+    if plan.anchoring is not None:
+        tokens = (plan.anchoring.num_anchors or 0) * tokens_of(inputs.base, plan.anchoring)
+        total += len(plan.constructions) * tokens * width(inputs.base) * 4 * 2
+    return total

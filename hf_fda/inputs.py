@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hf_fda.adapters import open_source
+from hf_fda.adapters import AdapterCheckpoint, adapter_of, open_source
 from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
 from hf_fda.anchors.files import MANIFEST
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.reader import open_checkpoint
+from hf_fda.checkpoint.view import Untied
 from hf_fda.errors import InputError, few, nearest
 from hf_fda.vocabulary import Vocabulary, VocabularyRequest, align_vocabularies, check_request
 
@@ -124,6 +125,36 @@ def _with_vocabulary(
     seen = iter(aligned.sources)
     found = tuple(replace(source, weights=next(seen)) if source.weights is not None else source for source in sources)
     return Inputs(aligned.base, found, aligned.vocabulary)
+
+
+def with_ties_apart(inputs: Inputs) -> Inputs:
+    """Inputs in which each place of a tied tensor has one of its own, where an adapter does not change them alike; else
+    as they are. What is merged from them can be written as an adapter only.
+
+    Raises:
+        InputError: when the base lacks a place that an adapter changes.
+    """
+    adapters = [adapter_of(source.checkpoint) for source in inputs.weighted]
+    if not any(adapter.apart for adapter in adapters if adapter is not None):
+        return inputs
+    base = Untied(inputs.base)
+
+    def apart(source: Source) -> Source:
+        if source.weights is None:
+            return source
+        checkpoint = source.weights.checkpoint
+        if isinstance(checkpoint, AdapterCheckpoint):
+            seen: Checkpoint = checkpoint.untied(base)
+        elif (adapter := adapter_of(checkpoint)) is not None and adapter.apart:
+            raise InputError(
+                f"source '{source.name}' ({checkpoint.id}): the adapter does not change alike what the model ties to "
+                f"{few(adapter.apart)}, and comes with other tokens than the base; merge it without its tokenizer"
+            )
+        else:
+            seen = Untied(checkpoint)
+        return replace(source, weights=align(base, seen, source.name))
+
+    return replace(inputs, base=base, sources=tuple(map(apart, inputs.sources)))
 
 
 def _open(base: Checkpoint, name: str, value: Any, anchors: Any, trust_remote_code: bool) -> Source:

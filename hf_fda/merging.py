@@ -23,7 +23,7 @@ def merge(
     method: str | MethodConfig = "fda",
     output: str | os.PathLike[str] = "merged",
     as_adapter: bool = False,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | str | None = None,
     device: str | torch.device = "auto",
     dtype: str = "float32",
     seed: int = 0,
@@ -103,7 +103,8 @@ def extract(
 ) -> Merged:
     """Make a PEFT adapter of a full fine-tune: the factors of each weight's task vector that are nearest to it.
 
-    What is no matrix (norms, biases) is kept whole, and a task's own head beside the adapter.
+    What is no matrix (norms, biases) is kept whole, and a task's own head beside the adapter. Of a weight that a model
+    ties to others all of them get the same factors, which PEFT's `merge_and_unload` would add to it several times.
 
     Args:
         base: what the fine-tune was trained from: a Hub id, a folder or a model in memory.
@@ -111,7 +112,7 @@ def extract(
         output: the folder to write.
         rank: of the factors, at most.
         energy: the fraction of the squared norm that the factors keep, module by module. Without rank and energy the
-            adapter is exact, and as large as the fine-tune.
+            adapter is exact, and as large as the fine-tune; tied weights come whole, and PEFT merges it rightly, too.
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights.
         tokenizer: "base" of a fine-tune with other tokens than the base: those that the base lacks are left out.

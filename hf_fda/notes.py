@@ -8,12 +8,15 @@ from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.cards import shown
 from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.data.opening import OpenedData
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.regmean import RegMeanConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.progress import logger
 from hf_fda.recipes import Output
+from hf_fda.states.footprint import StatesFootprint
 from hf_fda.statistics.layers import layer_weights
 
 
@@ -23,6 +26,7 @@ def notes_of(
     result: Output,
     adapter: AdapterPlan | None,
     ranks: Mapping[str, int] | None = None,
+    rows: Mapping[str, OpenedData] | None = None,
 ) -> list[str]:
     """What a plan, a card and a log say beside the facts.
 
@@ -32,8 +36,9 @@ def notes_of(
         result: how every tensor of the merged model is made.
         adapter: the adapter that is written, if one is.
         ranks: of the factors that adaptation steps on.
+        rows: of data, by task.
     """
-    notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(inputs, adapter)]
+    notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(adapter)]
     if not inputs.base.layout.known:
         notes.append(
             f"transformers does not know {inputs.base.layout.model_class.__name__}: it is merged tensor by tensor, by "
@@ -55,11 +60,23 @@ def notes_of(
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
     if isinstance(config, FDAConfig) and config.parametrization == "factors":
         notes.append(_stepped_on(ranks or {}))
+    if isinstance(config, UnitwiseConfig) and rows:
+        notes.append(_shown(config, StatesFootprint.of(inputs, config, rows)))
     if isinstance(config, RegMeanConfig):
         notes.append(_solved(inputs, config, result))
-    if isinstance(config, FDAConfig) and config.rest == "base":
+    if isinstance(config, UnitwiseConfig) and config.rest == "base":
         notes.append("what lies before the blocks is the base's (rest=base)")
     return notes
+
+
+def _shown(config: UnitwiseConfig, states: StatesFootprint) -> str:
+    """What the merge does with rows of data, and what its estimates take them to be."""
+    place = "beside" if isinstance(config, FDAConfig) and config.with_data == "mixed" else "in place of"
+    what = f" {place} anchors" if isinstance(config, FDAConfig) else ""
+    return (
+        f"blocks are matched on the real hidden states of rows{what}; memory and disk are those of "
+        f"{states.positions} positions a row"
+    )
 
 
 def _solved(inputs: Inputs, config: RegMeanConfig, result: Output) -> str:
@@ -79,18 +96,30 @@ def _stepped_on(ranks: Mapping[str, int]) -> str:
     return f"adaptation steps on thin factors {of_rank} in {len(ranks)} matrices, on coefficients in the rest"
 
 
-def _tied(inputs: Inputs, adapter: AdapterPlan | None) -> list[str]:
-    """A warning where whole models may have changed two tied tensors, of which an adapter changes one."""
+def _tied(adapter: AdapterPlan | None) -> list[str]:
+    """A warning of factors for what the model ties, which PEFT holds apart only until it merges them."""
     if adapter is None:
         return []
-    targets = {target.base_name for target in adapter.targets}
-    whole = [f"'{own.name}'" for own in inputs.weighted if not isinstance(own.checkpoint, AdapterCheckpoint)]
-    pairs = [(name, other) for other, name in inputs.base.layout.tied.items() if name in targets and whole]
-    said = [
-        f"'{other}' is tied to '{name}': where {few(whole)} changed both, the adapter changes '{name}' alone, a full "
-        "checkpoint both"
-        for name, other in pairs
-    ]
+    said = []
+    for places in adapter.layout.shared.values():
+        changed = [target for target in adapter.targets if target.name in places]
+        factored = [target for target in changed if target.factored]
+        if len(places) == 1 or not factored or (len(factored) == 1 and len(changed) == len(places)):
+            continue
+        alike = len({target.base_name for target in changed}) < len(changed)
+        which = (
+            "the same factors for all of them"
+            if alike
+            else f"factors of its own for {few([repr(own.name) for own in factored])}"
+        )
+        way_out = (
+            "hf_fda.merge(base, [adapter], 'passthrough') does it rightly" if alike else "no tied model is the same"
+        )
+        said.append(
+            f"the model ties {few([repr(place) for place in places])}: the adapter has {which}, which is right as PEFT "
+            "loads it, but PEFT's merge_and_unload() adds all factors to the one weight that is tied, and so makes "
+            f"another model; {way_out}"
+        )
     for line in said:
         logger.warning(line)
     return said

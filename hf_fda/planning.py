@@ -15,11 +15,10 @@ from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
 from hf_fda.data.opening import OpenedData, open_data
-from hf_fda.data.request import Reading
+from hf_fda.data.request import ANCHORS, Reading
 from hf_fda.errors import InputError
-from hf_fda.estimate import disk_bytes, peak_memory_bytes
 from hf_fda.given_anchors import agree_with_anchors, check_given
-from hf_fda.inputs import Inputs, open_inputs
+from hf_fda.inputs import Inputs, open_inputs, with_ties_apart
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.looking import RowsConfig
@@ -48,7 +47,7 @@ def plan(
     method: str | MethodConfig = "fda",
     output: str | os.PathLike[str] = "merged",
     as_adapter: bool = False,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | str | None = None,
     device: str | torch.device = "auto",
     dtype: str = "float32",
     seed: int = 0,
@@ -79,7 +78,8 @@ def plan(
         data: rows by task name, for methods that look at data; labels are not used. Of each task a `datasets.Dataset`,
             a list of texts or of rows, a `DataLoader`, a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a
             Hub dataset ("org/name", "org/name:config@revision"), or a mapping with `path` and any of `name`, `split`,
-            `revision`, `columns`, `prompt`, `target`, `rows` and `max_length`.
+            `revision`, `columns`, `prompt`, `target`, `rows` and `max_length`. "anchors": none, anchors take their
+            place (for `divmerge`).
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights: "float32", "bfloat16", "float16", "float64", or "auto" for the base's.
             The computation is in float32 where that is precise enough for one source of weight 1 to come out as it
@@ -115,7 +115,7 @@ def plan(
     inputs = open_inputs(
         base, sources, anchors, trust_remote_code, tokenizer, tokens, chat_template, pad_to_multiple_of
     )
-    rows = {} if data is None else open_rows(data, inputs, given, settings.seed, trust_remote_code)
+    rows = ANCHORS if data == ANCHORS else open_rows(data, inputs, given, settings.seed, trust_remote_code)
     checked = make_plan(inputs, given, settings, rows=rows)
     return checked if processes is None else replace(checked, time=predict(checked, processes))
 
@@ -125,7 +125,7 @@ def make_plan(
     given: MethodConfig,
     settings: Settings,
     described: Described | None = None,
-    rows: Mapping[str, OpenedData] | None = None,
+    rows: Mapping[str, OpenedData] | str | None = None,
 ) -> Plan:
     """Check a merge of what is open.
 
@@ -134,18 +134,28 @@ def make_plan(
         given: the merge method.
         settings: where and how it is written.
         described: what the configuration says that the merge was read from.
-        rows: of data, for every task that the method looks at.
+        rows: of data, for every task that the method looks at; `ANCHORS` where it looks at anchors in their place.
 
     Raises:
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
+    found = {} if rows is None or isinstance(rows, str) else rows
     check_apart(settings.output, inputs)
-    check_rows(given, rows or {})
+    check_rows(given, found)
     check_vocabulary(settings, inputs)
+    if settings.budget is not None:
+        inputs = with_ties_apart(inputs)
     config = _complete(given, inputs, as_adapter=settings.budget is not None)
     check_trim(config, settings, described)
-    units = _units(config, inputs)
-    result = decide(inputs, config, units, settings.heads, described.at if described is not None else None)
+    anchoring = _anchoring(config, inputs, isinstance(rows, str))
+    units = _units(anchoring or config, inputs)
+    result = decide(
+        inputs,
+        config,
+        units if isinstance(config, UnitwiseConfig) else (),
+        settings.heads,
+        described.at if described is not None else None,
+    )
     adapter = None if settings.budget is None else plan_adapter(inputs, result, settings.budget)
     shards: tuple[Shard, ...] = ()
     if adapter is None:
@@ -157,6 +167,7 @@ def make_plan(
     ranks = adapted_ranks(inputs, units, adapter) if factored else {}
     if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
         config = _complete(replace(given, parametrization="coefficients"), inputs, as_adapter=True)
+        anchoring = _anchoring(config, inputs, wanted=False)
     return Plan(
         inputs=inputs,
         config=config,
@@ -169,14 +180,11 @@ def make_plan(
         seed=settings.seed,
         heads=settings.heads,
         arguments=record(inputs, config, settings, described, rows),
-        peak_memory_bytes=peak_memory_bytes(
-            inputs, config, units, result, shards, settings.torch_dtype, adapter, ranks, rows
-        ),
-        disk_bytes=disk_bytes(inputs, config, units, result, shards, adapter, rows),
-        notes=tuple(notes_of(inputs, config, result, adapter, ranks)),
+        notes=tuple(notes_of(inputs, config, result, adapter, ranks, found)),
         adapter=adapter,
         ranks=ranks,
-        data=rows or {},
+        data=found,
+        anchoring=anchoring,
     )
 
 
@@ -186,7 +194,7 @@ def open_rows(
     """The rows of data that a method looks at, checked, by task.
 
     Args:
-        data: as a user gives it, by task.
+        data: as a user gives it, by task; None where there is none.
         inputs: base and sources.
         config: of a method that looks at data.
         seed: of the choice of rows.
@@ -195,8 +203,11 @@ def open_rows(
     Raises:
         InputError: naming the task whose data cannot be used, and the way out.
     """
+    if data is None:
+        return {}
     assert isinstance(config, RowsConfig)
-    return open_data(data, inputs, Reading(config.rows, config.max_length, seed, trust_remote_code))
+    reading = Reading(config.rows, config.max_length, seed, trust_remote_code)
+    return open_data(data, inputs, reading, of_all=config.data == "must")
 
 
 def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodConfig:
@@ -209,7 +220,8 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
         if isinstance(config, (DistillConfig, RegMeanPlusConfig)):
             require_blocks(inputs.base.layout)
         if isinstance(config, DistillConfig):
-            config = config.completed(names, family_of(inputs.base.layout))
+            thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
+            config = config.completed(names, family_of(inputs.base.layout), thin)
         return with_source_names(config, names)
     for role in ("initial", "rest"):
         if without and getattr(config, role) not in (None, "base"):
@@ -228,6 +240,23 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
     config = config.with_sources(names, not without, all_thin=not thick, as_adapter=as_adapter)
     size = hidden_size(inputs.base.config)
     return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)
+
+
+def _anchoring(config: MethodConfig, inputs: Inputs, wanted: bool) -> FDAConfig | None:
+    """The options with which anchors are constructed, complete; None where none are looked at.
+
+    Args:
+        config: the merge method, complete.
+        inputs: base and sources.
+        wanted: whether anchors stand in the place of data.
+    """
+    if isinstance(config, FDAConfig) or not wanted:
+        return config if isinstance(config, FDAConfig) else None
+    require_blocks(inputs.base.layout)
+    family, size = family_of(inputs.base.layout), hidden_size(inputs.base.config)
+    # By squared error: the metric of the shift overshoots where few numbers are learnt
+    config = FDAConfig(initial="base", adaptation_distance="mse")
+    return agree_with_anchors(config, inputs).for_family(family, size)
 
 
 def _units(config: MethodConfig, inputs: Inputs) -> tuple[Unit, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.writer import Shard
+from hf_fda.coefficients import COEFFICIENTS
 from hf_fda.data.opening import OpenedData
-from hf_fda.estimate import adapter_bytes
+from hf_fda.estimate import adapter_bytes, disk_bytes, peak_memory_bytes
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
+from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.prediction import Prediction
 from hf_fda.recipes import Heads, Output
 
@@ -27,10 +30,9 @@ class Plan:
     """A merge, checked. `print(plan)` tells what will happen; `hf_fda.engine.run(plan)` does it.
 
     `units` are what function-space methods merge one by one; `shards` the weight files that will be written, or
-    `adapter` the adapter; `ranks` of the thin factors that adaptation steps on, by the base's names of tensors;
-    `peak_memory_bytes` (beside the libraries themselves) and `disk_bytes` are estimates from shapes alone; `time`
+    `adapter` the adapter; `ranks` of the thin factors that adaptation steps on, by the base's names of tensors; `time`
     is how long it will take, where that was asked for; `notes` say what a user may not expect; `data` are the rows of
-    every task that the method looks at.
+    every task that the method looks at, `anchoring` the options with which anchors are made if it looks at these.
     """
 
     inputs: Inputs
@@ -44,13 +46,22 @@ class Plan:
     seed: int
     heads: Heads
     arguments: dict[str, Any]
-    peak_memory_bytes: int
-    disk_bytes: int
     notes: tuple[str, ...] = field(default=())
     adapter: AdapterPlan | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     time: Prediction | None = None
     data: Mapping[str, OpenedData] = field(default_factory=dict)
+    anchoring: FDAConfig | None = None
+
+    @cached_property
+    def peak_memory_bytes(self) -> int:
+        """Bytes that the merge holds at most, beside the libraries themselves: an estimate from shapes alone."""
+        return peak_memory_bytes(self)
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """Bytes that the output folder takes at most: an estimate from shapes alone."""
+        return disk_bytes(self)
 
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:
@@ -66,9 +77,10 @@ class Plan:
         return tuple(source for source in self.inputs.sources if source.anchors is None and self.anchored(source))
 
     def anchored(self, source: Source) -> bool:
-        """Whether a source's units are matched on its anchors: without rows of data, or where both are mixed."""
-        mixed = isinstance(self.config, FDAConfig) and self.config.with_data == "mixed"
-        return isinstance(self.config, FDAConfig) and (mixed or source.name not in self.data)
+        """Whether a source's anchors are looked at: without rows of data, or where both are mixed."""
+        if self.anchoring is None:
+            return False
+        return self.anchoring.with_data == "mixed" or source.name not in self.data
 
     def sources_of(self, unit: Unit) -> tuple[Source, ...]:
         """The sources that have a unit."""
@@ -108,17 +120,20 @@ class Plan:
         rules = [recipe.rule for recipe in self.result.recipes.values()]
         tensors = f"{rules.count('method')} tensors by method, {rules.count('base')} from the base"
         if self.adapter is not None:
-            tensors = f"{len(self.adapter.targets)} tensors that the sources change"
+            tensors = f"{len(self.adapter.parts)} tensors that the sources change"
         elif rules.count("soup"):
             tensors += f", {rules.count('soup')} means of the sources"
         if not self.units:
             return tensors
+        if isinstance(self.config, LearnedConfig):
+            return f"{len(self.constructions)} constructions, then coefficients; {tensors}"
         return f"{len(self.constructions)} constructions, {len(self.units)} adaptations; {tensors}"
 
     def _writes(self) -> list[str]:
         heads = [f"task_heads/{head.task}" for head in self.result.heads]
         anchors = [f"anchors/{source.name}" for source in self.anchors_made]
-        return [*self._weights(), "merge_config.yaml", "README.md", *heads, *anchors]
+        learnt = [COEFFICIENTS] if isinstance(self.config, LearnedConfig) else []
+        return [*self._weights(), *learnt, "merge_config.yaml", "README.md", *heads, *anchors]
 
     def _weights(self) -> list[str]:
         if self.adapter is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import torch
 
@@ -16,7 +16,10 @@ from hf_fda import costs
 from hf_fda.costs import Work
 from hf_fda.errors import InputError
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.merge_methods.distill import DistillConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.stages import assign
+from hf_fda.states.footprint import StatesFootprint
 
 if TYPE_CHECKING:
     from hf_fda.plans import Plan
@@ -89,14 +92,24 @@ def predict(plan: Plan, processes: int) -> Prediction:
         speed = measure_speed(plan.device, _shape(plan))
     constructing: list[float] = []
     adapting: list[float] = []
+    for _, unit in plan.constructions:
+        assert plan.anchoring is not None
+        work = costs.construction(inputs.base, plan.anchoring, unit)
+        constructing.append(speed.seconds(work, CONSTRUCTION_EFFICIENCY))
+    merging_units = processes
+    shown = StatesFootprint.of(inputs, config, plan.data).shown if isinstance(config, UnitwiseConfig) else None
     if isinstance(config, FDAConfig):
-        for _, unit in plan.constructions:
-            constructing.append(speed.seconds(costs.construction(inputs.base, config, unit), CONSTRUCTION_EFFICIENCY))
         for unit in plan.units:
-            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)), plan.ranks)
+            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)), plan.ranks, shown)
+            adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
+    if isinstance(config, DistillConfig) and shown is not None:
+        merging_units = 1  # one after the other
+        for before, unit in enumerate(plan.units):
+            work = costs.distillation(inputs.base, config, unit, len(plan.sources_of(unit)), shown, before)
             adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
     writing = [speed.seconds(costs.writing(inputs, plan.result, shard)) for shard in plan.shards]
-    return Prediction(processes, *(makespan(stage, processes) for stage in (constructing, adapting, writing)))
+    stages = (constructing, processes), (adapting, merging_units), (writing, processes)
+    return Prediction(processes, *(makespan(seconds, count) for seconds, count in stages))
 
 
 def makespan(seconds: Sequence[float], processes: int) -> float:
@@ -122,8 +135,16 @@ def measure_speed(device: torch.device, shape: tuple[int, int, int]) -> Speed:
     product = _rate(lambda: x @ weight.T, device) * 2 * tokens * d_in * d_out
     passes = _rate(lambda: large.mul_(1.0), device) * 2 * 4 * LARGE
     calls = _rate(lambda: [small.add(1.0) for _ in range(100)], device) * 100
-    hashing = _rate(lambda: sha256(data), torch.device("cpu")) * len(data)
-    return Speed(product, passes, hashing, calls)
+    with tempfile.TemporaryFile(buffering=0) as file:
+        files = _rate(lambda: _write_and_read(file, data), torch.device("cpu")) * 2 * len(data)
+    return Speed(product, passes, files, calls)
+
+
+def _write_and_read(file: IO[bytes], data: bytes) -> None:
+    file.seek(0)
+    file.write(data)
+    file.seek(0)
+    file.read()
 
 
 def _rate(work: Callable[[], object], device: torch.device) -> float:
@@ -141,11 +162,11 @@ def _rate(work: Callable[[], object], device: torch.device) -> float:
 
 def _shape(plan: Plan) -> tuple[int, int, int]:
     """(tokens, d_in, d_out) of the largest product in the plan's first unit, or of a large weight where it has none."""
-    base, config = plan.inputs.base, plan.config
+    base, config = plan.inputs.base, plan.anchoring
     names = plan.units[0].tensors if plan.units else base.names
     shapes = [base.layout.shapes[name] for name in names if base.layout.roles[name] in ("linear", "conv1d")]
     d_out, d_in = max(shapes, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
-    tokens = (config.num_anchors or 1) * costs.tokens_of(base, config) if isinstance(config, FDAConfig) else d_in
+    tokens = (config.num_anchors or 1) * costs.tokens_of(base, config) if config is not None else d_in
     return tokens, d_in, d_out
 
 

@@ -30,7 +30,7 @@ def record(
     config: MethodConfig,
     settings: Settings,
     described: Described | None = None,
-    rows: Mapping[str, OpenedData] | None = None,
+    rows: Mapping[str, OpenedData] | str | None = None,
 ) -> dict[str, Any]:
     """The merge as plain values: the content of `merge_config.yaml`.
 
@@ -39,7 +39,7 @@ def record(
         config: the merge method, complete.
         settings: where and how it is written.
         described: what the configuration says that it was read from.
-        rows: of data, by task.
+        rows: of data, by task; or the word for anchors in their place.
     """
     budget = settings.budget
     record: dict[str, Any] = {
@@ -62,7 +62,9 @@ def record(
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
     if given:
         record["anchors"] = given
-    if rows:
+    if isinstance(rows, str):
+        record["data"] = rows
+    elif rows:
         record["data"] = {task: dict(opened.record) for task, opened in rows.items()}
     record |= inputs.asked
     if described is not None:

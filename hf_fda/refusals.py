@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_fda.adapters import AdapterCheckpoint, adapter_of
-from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.adapters import adapter_of
 from hf_fda.data.opening import OpenedData
+from hf_fda.data.request import ANCHORS
 from hf_fda.errors import InputError
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import MethodConfig
@@ -41,23 +41,13 @@ def check_disk(plan: Plan) -> None:
 
 def check_ties(inputs: Inputs, result: Output) -> None:
     """Refuse an adapter that changes one of two tied tensors: in PEFT the other stays, in a checkpoint it cannot."""
+    merged = {result.base_names.get(name) for name, recipe in result.recipes.items() if recipe.rule != "base"}
     for source in inputs.weighted:
         adapter = adapter_of(source.checkpoint)
-        if adapter is None:
-            continue
-        for other, name in result.layout.tied.items():
-            own = result.base_names.get(name)
-            if own is None or result.recipes[name].rule == "base" or not _changes(adapter, source, own):
-                continue
-            if not adapter.keeps_ties(source.tensor_of[own]):
-                raise InputError(
-                    f"source '{source.name}' ({source.checkpoint.id}): the adapter changes '{own}' and leaves "
-                    f"'{other}', which the model ties to it; a full checkpoint would change both: as_adapter=True"
-                )
-
-
-def _changes(adapter: AdapterCheckpoint, source: AlignedSource, name: str) -> bool:
-    return name in source.tensor_of and adapter.may_move(source.tensor_of[name])
+        if adapter is not None:
+            names = {theirs for own, theirs in source.tensor_of.items() if own in merged}
+            label = f"source '{source.name}' ({source.checkpoint.id})"
+            adapter.check_ties(names, label, "as_adapter=True keeps them apart")
 
 
 def check_moves(result: Output) -> None:
@@ -94,10 +84,16 @@ def check_wants_data(config: MethodConfig, data: Any) -> None:
     """Refuse data that a method does not look at, and a method that looks at data without any."""
     if data is not None and config.data == "never":
         raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
+    if isinstance(data, str) and not (data == ANCHORS and config.takes_anchors):
+        way_out = f"or '{ANCHORS}'" if config.takes_anchors else "such as {'task': 'rows.jsonl'}"
+        raise InputError(f"data: must be a mapping from task name to rows, {way_out}, not '{data}'")
     if data is None and config.data == "must":
+        instead = (
+            f"data='{ANCHORS}' makes do without any" if config.takes_anchors else "without any, 'fda' is the method"
+        )
         raise InputError(
             f"method '{config.name}' looks at unlabelled rows of every task: data={{'task': 'rows.jsonl'}} "
-            "(--data task=rows.jsonl); without any, 'fda' is the method"
+            f"(--data task=rows.jsonl); {instead}"
         )
 
 
@@ -106,6 +102,11 @@ def check_rows(config: MethodConfig, rows: Mapping[str, OpenedData]) -> None:
     for task, own in rows.items():
         if config.name == "adamerging" and own.kind == "values":
             raise InputError(f"source '{task}' is a regression, which has no entropy; 'divmerge' takes it")
+        if own.lacks_targets and isinstance(config, UnitwiseConfig):
+            raise InputError(
+                f"data of '{task}': '{config.name}' has to know what an encoder-decoder is to write on each row: name "
+                "that column (target), or use 'divmerge', which lets the source write"
+            )
 
 
 def check_trim(config: MethodConfig, settings: Settings, described: Described | None) -> None:

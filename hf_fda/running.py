@@ -8,12 +8,12 @@ from functools import cached_property
 
 from hf_fda.data.rows import TaskRows
 from hf_fda.plans import Plan
+from hf_fda.preparing.targets import with_targets
 from hf_fda.processes import Team
 from hf_fda.progress import Progress
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store
 from hf_fda.streaming.taskvectors import TaskVectors
-from hf_fda.writing_targets import with_targets
 
 ROWS = "/rows"
 """The name, which no source can have, of the hash of what the vocabulary's rows are made of."""

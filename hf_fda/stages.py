@@ -18,7 +18,7 @@ class Piece:
     """A piece of work that ends in one recorded file.
 
     `label` says what it is; `file` is made, under the key `key`; `cost` is compared with that of other pieces only;
-    `make` does the work and gives what writes the file and says its SHA-256. It is also finished where the same lies in
+    `make` does the work and gives what writes the file and says its hash. It is also finished where the same lies in
     `elsewhere`.
     """
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_fda.checkpoint.hashed import digest
 from hf_fda.errors import InputError, RunError
 
 WORK = ".cache/huggingface/hf_fda"
@@ -74,7 +75,7 @@ class Store:
             return False
         if known.get("key") != key or not path.is_file() or path.stat().st_size != known.get("size"):
             return False
-        return digest(path) == known.get("sha256")
+        return digest(path) == known.get("xxh3_128")
 
     def write(self, name: str, key: str, writer: Callable[[Path], str]) -> Path:
         """Make one file: `writer` fills a temporary file, which then takes its name and is recorded.
@@ -82,7 +83,7 @@ class Store:
         Args:
             name: the file.
             key: of everything that determines it.
-            writer: fills the file at a path and says the SHA-256 of what it wrote.
+            writer: fills the file at a path and says the hash of what it wrote (`digest`).
 
         Raises:
             RunError: when the disk is full or cannot be written.
@@ -98,7 +99,7 @@ class Store:
                 parent.mkdir(parents=True, exist_ok=True)
             record.unlink(missing_ok=True)
             written = writer(temporary)
-            return Filled(name, temporary, {"key": key, "size": temporary.stat().st_size, "sha256": written})
+            return Filled(name, temporary, {"key": key, "size": temporary.stat().st_size, "xxh3_128": written})
 
     def settle(self, filled: Filled) -> Path:
         """The second half of `write`: the file goes to the disk, takes its name and is recorded."""
@@ -180,12 +181,6 @@ class Store:
                     "command again: it goes on from here"
                 ) from None
             raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def appears(path: Path, seconds: float) -> bool:

@@ -74,9 +74,9 @@ def save(base: Any, config: PeftConfig, folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def make_base(family: str) -> Any:
+def make_base(family: str, **changes: Any) -> Any:
     """A tiny base whose parameters are all random, biases and norms too."""
-    model = make_model(family)
+    model = make_model(family, **changes)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -128,17 +128,25 @@ class FakeHub:
         gated = "manual" if repository.gated else False
         return {"id": id, "sha": sha, "siblings": siblings, "private": repository.private, "gated": gated, "tags": []}
 
-    def tree(self, kind: str, id: str, revision: str) -> list[dict[str, Any]]:
-        """All files with sizes and hashes."""
+    def tree(self, kind: str, id: str, revision: str, path: str | None, recursive: bool) -> list[dict[str, Any]]:
+        """The files of a folder with sizes and hashes: all inside it, or its own and the names of its folders."""
         repository = self._find(kind, id)
         files = repository.commits[repository.find(unquote(revision))]
-        entries = []
-        for name, data in sorted(files.items()):
-            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": digest(name, data)}
+        prefix = f"{unquote(path)}/" if path else ""
+        inside = {name: data for name, data in sorted(files.items()) if name.startswith(prefix)}
+        if prefix and not inside:
+            raise Refusal(404, "EntryNotFound")
+        entries: dict[str, dict[str, Any]] = {}
+        for name, data in inside.items():
+            own, deeper, _ = name.removeprefix(prefix).partition("/")
+            if deeper and not recursive:
+                folder = prefix + own
+                entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": digest(folder, b"")}
+                continue
+            entries[name] = {"type": "file", "path": name, "size": len(data), "oid": digest(name, data)}
             if is_lfs(name):
-                entry["lfs"] = {"oid": digest(name, data), "size": len(data), "pointerSize": 130}
-            entries.append(entry)
-        return entries
+                entries[name]["lfs"] = {"oid": digest(name, data), "size": len(data), "pointerSize": 130}
+        return list(entries.values())
 
     def file(self, kind: str, id: str, revision: str, path: str) -> tuple[bytes, dict[str, str]]:
         """One file's bytes, and the headers that go with them."""
@@ -250,10 +258,15 @@ Routes = list[tuple[str, str, Callable[[dict[str, Any], bytes], Any]]]
 
 
 def _routes(hub: FakeHub) -> Routes:
-    """Method, address and answer of everything but files."""
+    """Method, address and answer of everything but files; an answer gets what the address matched and the request's
+    body, or its query where it has none."""
     return [
         ("GET", rf"{API}(?:/revision/(?P<revision>[^/]+))?", lambda found, _: hub.info(**found)),
-        ("GET", rf"{API}/tree/(?P<revision>[^/]+)", lambda found, _: hub.tree(**found)),
+        (
+            "GET",
+            rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?",
+            lambda found, query: hub.tree(**found, recursive=b"recursive=true" in query.lower()),
+        ),
         ("POST", "/api/repos/create", lambda _, body: hub.create(json.loads(body))),
         ("POST", "/api/validate-yaml", lambda *_: {"warnings": [], "errors": []}),
         (
@@ -295,7 +308,7 @@ def _handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def _answer(self) -> None:
-            path = urlsplit(self.path).path
+            path, query = urlsplit(self.path)[2:4]
             hub.asked.append(f"{self.command} {path}")
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             body = self._body()
@@ -311,7 +324,7 @@ def _handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     return
                 for method, address, answer in routes:
                     if method == self.command and (found := re.fullmatch(address, path)):
-                        self._send(200, json.dumps(answer(found.groupdict(), body)).encode(), {})
+                        self._send(200, json.dumps(answer(found.groupdict(), body or query.encode())).encode(), {})
                         return
                 raise Refusal(404)
             except Refusal as refusal:

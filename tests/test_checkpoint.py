@@ -390,6 +390,21 @@ def test_tensors_may_be_written_in_any_order_and_are_cast(tmp_path: Path) -> Non
     assert torch.equal(found["b"], torch.arange(4.0))
 
 
+def test_tensors_may_be_written_piece_by_piece(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec(torch.bfloat16, (2, 3)), "b": TensorSpec(torch.float32, (4,))}
+    with SafetensorsWriter(tmp_path / "file.safetensors", specs) as file:
+        file.append("a", torch.arange(4.0))
+        file.append("b", torch.arange(4.0))
+        file.append("a", torch.arange(4.0, 6.0))
+        with pytest.raises(ValueError, match="0 are missing"):
+            file.append("a", torch.zeros(1))
+    found = load_file(tmp_path / "file.safetensors")
+    assert torch.equal(found["a"], torch.arange(6.0).view(2, 3).bfloat16())
+    assert torch.equal(found["b"], torch.arange(4.0))
+    with pytest.raises(ValueError, match="not written"), SafetensorsWriter(tmp_path / "half", specs) as file:
+        file.append("a", torch.arange(4.0))
+
+
 def test_the_writer_refuses_what_was_not_promised(tmp_path: Path) -> None:
     specs = {"a": TensorSpec(torch.float32, (2,))}
 

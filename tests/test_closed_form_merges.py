@@ -19,7 +19,7 @@ from torch import Tensor
 import hf_fda
 from hf_fda.errors import InputError
 from hf_fda.merge_methods.regmean import RegMeanConfig, regmean
-from hf_fda.regmean_preparation import STATISTICS
+from hf_fda.preparing.regmean import STATISTICS
 from hf_fda.store import Filled, Store
 
 METHODS = ["regmean", "regmean_pp", "fisher"]

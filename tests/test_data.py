@@ -158,6 +158,7 @@ def whole() -> Any:
 
 WAYS: dict[str, Callable[[Path], Any]] = {
     "jsonl": lambda folder: write_lines(folder / "rows.jsonl", ROWS),
+    "json of lines": lambda folder: write_lines(folder / "rows.json", ROWS),
     "json": lambda folder: as_json(folder, ROWS),
     "json under a key": lambda folder: as_json(folder, {"data": ROWS}),
     "csv": lambda folder: as_table(folder / "rows.csv", ","),
@@ -174,6 +175,7 @@ WAYS: dict[str, Callable[[Path], Any]] = {
     "stream": lambda _: whole().to_iterable_dataset(),
     "stream without types": lambda _: datasets.IterableDataset.from_generator(lambda: iter(ROWS)),
     "texts": lambda _: TEXTS,
+    "frame": lambda _: whole().to_pandas(),
     "mappings": lambda _: ROWS,
 }
 
@@ -428,6 +430,29 @@ def test_the_decoder_sees_its_target_one_position_late(rewriter: Model) -> None:
     assert lists(rows) == [rewriter.processor("the quick brown fox")["input_ids"]]
     assert lists(rows, "decoder_input_ids") == [[rewriter.model.config.decoder_start_token_id, *target[:-1]]]
     assert rows.scored is not None and rows.scored[0].tolist() == [True] * len(target)
+
+
+@pytest.mark.parametrize("named", ["labels", "decoder_input_ids"])
+def test_encoded_targets_are_those_of_texts(named: str, rewriter: Model) -> None:
+    texts = rewriter.encode([{"document": "the quick brown fox", "summary": "the fox"}])
+    pad, target = rewriter.processor.pad_token_id, rewriter.processor("the fox")["input_ids"]
+    decoder = {"labels": [*target, -100, -100], "decoder_input_ids": [pad, *target[:-1], pad, pad]}[named]
+    ids = [*lists(texts)[0], pad, pad]
+    row = {"input_ids": ids, "attention_mask": [int(own != pad) for own in ids], named: decoder}
+    assert rewriter.encode([row]).fingerprint == texts.fingerprint
+
+
+def test_what_a_decoder_starts_with_has_to_be_known(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    config = t.T5Config(**T5 | {"vocab_size": len(tokenizer)}, **ids_of(tokenizer))
+    model = Model(tmp_path, t.T5ForConditionalGeneration(config), tokenizer)
+    for place in (model.base, model.source):
+        (place / "generation_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="no decoder_start_token_id"):
+        model.open(TEXTS)
+    (model.base / "generation_config.json").write_text('{"decoder_start_token_id": 5}', encoding="utf-8")
+    rows = model.encode([{"document": "fox", "summary": "dog"}])
+    assert lists(rows, "decoder_input_ids")[0][0] == 5
 
 
 def test_targets_that_are_lacking_are_written_by_the_source(rewriter: Model) -> None:

@@ -12,10 +12,11 @@ from conftest import fine_tune, make_model
 from learning import CPU, Family, text_rows
 from torch import Tensor
 
-from hf_fda.divergence.learning import Learned, Learning, learn, minibatches, split
+from hf_fda.divergence.learning import Learned, Learning, learn
 from hf_fda.divergence.measures import Measure, Target, answer, at_scored, compare, divergence, entropy
 from hf_fda.divergence.objectives import Divergence, Entropy
 from hf_fda.divergence.outputs import open_outputs, record
+from hf_fda.divergence.sampling import minibatches, split
 from hf_fda.divergence.task_models import logits_of, source_model
 from hf_fda.errors import InputError, RunError
 
@@ -314,6 +315,12 @@ def test_the_best_coefficients_on_rows_held_out_are_kept_and_learning_stops() ->
     assert [look.step for look in found.history] == list(range(0, found.steps + 1, 4)) == [step for step, _ in looks]
     assert sum(found.after) == min(sum(look.objective) for look in found.history)
     assert torch.equal(parameters.coefficients, found.coefficients)
+
+
+def test_the_step_size_falls_in_a_line_or_stays() -> None:
+    settings = Learning(steps=4, learning_rate=0.8)
+    assert [settings.rate(step) for step in (1, 2, 3, 4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert Learning(steps=4, learning_rate=0.8, schedule="constant").rate(4) == 0.8
 
 
 def test_rows_held_out_are_not_learnt_from() -> None:

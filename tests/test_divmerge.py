@@ -62,12 +62,13 @@ def test_the_merge_is_the_combination_that_was_learnt(
 ) -> None:
     base, sources = classifiers
     output = tmp_path / "out"
-    hf_fda.merge(base, sources, method, output, data=rows_for(sources), granularity=granularity, **SETTINGS)
+    settings = {**SETTINGS, "granularity": granularity, "held_out": 0}
+    hf_fda.merge(base, sources, method, output, data=rows_for(sources), **settings)
     found, theta = learnt(output), weights(base)
     own = [weights(folder) for folder in sources.values()]
     assert found.sources == tuple(sources)
     assert len(found.groups) == {"task": 1, "block": 3, "tensor": len(found.group_of)}[granularity]
-    assert any(value != 0.3 for row in found.values for value in row)
+    assert any(value != 0.4 for row in found.values for value in row)
     for name, tensor in weights(output).items():
         tasks = [tensors[f"bert.{name}"] - theta[name] for tensors in own]
         if name in found.group_of:
@@ -116,7 +117,14 @@ def test_the_divergence_falls_and_the_card_says_so(files: Any, tmp_path: Path) -
 def test_a_causal_model_is_merged_with_its_embeddings(saved: Any, tmp_path: Path) -> None:
     base, folders = saved("qwen2", 2)
     sources = {"one": folders[0], "two": folders[1]}
-    hf_fda.merge(base, sources, "divmerge", tmp_path / "out", data=rows_for(sources), top_k=20, **SETTINGS)
+    hf_fda.merge(
+        base,
+        sources,
+        "divmerge",
+        tmp_path / "out",
+        data=rows_for(sources),
+        **{**SETTINGS, "top_k": 20, "granularity": "block"},
+    )
     found = learnt(tmp_path / "out")
     assert found.groups[0] == "before"
     model = hf_fda.load(tmp_path / "out")
@@ -176,6 +184,30 @@ def test_a_configuration_of_mergekit_names_the_method(files: Any, tmp_path: Path
     assert torch.equal(weights(tmp_path / "a")["pooler.dense.bias"], weights(tmp_path / "c")["pooler.dense.bias"])
 
 
+@pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
+def test_anchors_take_the_place_of_rows(granularity: str, classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    settings = {"granularity": granularity, "device": "cpu", "quiet": True}
+    output = tmp_path / "out"
+    plan = hf_fda.plan(base, sources, "divmerge", output, data="anchors", granularity=granularity)
+    assert "6 constructions, then coefficients" in str(plan)
+    hf_fda.merge(base, sources, "divmerge", output, data="anchors", **settings)
+    found = learnt(output)
+    assert any(value != 0.4 for row in found.values for value in row)
+    made = {task: str(output / "anchors" / task) for task in sources}
+    hf_fda.merge(base, sources, "divmerge", tmp_path / "again", data="anchors", anchors=made, **settings)
+    assert learnt(tmp_path / "again") == found
+    recorded = yaml.safe_load((output / "merge_config.yaml").read_text(encoding="utf-8"))
+    assert recorded["data"] == "anchors"
+
+
+def test_one_source_is_found_again_on_its_anchors(classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    one = {"four": sources["four"]}
+    hf_fda.merge(base, one, "divmerge", tmp_path / "out", data="anchors", granularity="task", device="cpu", quiet=True)
+    assert learnt(tmp_path / "out").values[0][0] == pytest.approx(1, abs=1e-3)
+
+
 def _merge(base: Path, sources: dict[str, Path], output: Path, data: dict[str, str]) -> None:
     hf_fda.merge(base, sources, "divmerge", output, data=data, max_shard_bytes=20_000, **SETTINGS)
 
@@ -206,7 +238,7 @@ def test_the_answers_that_were_recorded_are_there_after_a_failure(
 ) -> None:
     base, sources, data = files
     _merge(base, sources, tmp_path / "undisturbed", data)
-    import hf_fda.learned_preparation as module
+    import hf_fda.preparing.learned as module
 
     recorded: list[str] = []
     real = module.record
@@ -268,6 +300,8 @@ def test_heads_of_one_task_are_merged_too(saved: Any, tmp_path: Path) -> None:
         ("ties", {}, {}, "merges from weights alone"),
         ("divmerge", {"tow": []}, {}, "two"),
         ("divmerge", {"two": rows_of()}, {}, "no data for 'three', 'four'"),
+        ("adamerging", "anchors", {}, "must be a mapping"),
+        ("divmerge", "ancors", {}, "or 'anchors'"),
         ("divmerge", "all", {"lower": 1.0, "upper": 0.0}, "above upper"),
         ("divmerge", "all", {"rows": 0}, "at least 1"),
         ("divmerge", "all", {"divergence": "js"}, "jensen-shannon"),

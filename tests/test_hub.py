@@ -28,14 +28,15 @@ from conftest import TEXT, fine_tune
 from hub_server import FakeHub
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from vocabularies import MARKERS, bpe, llama, save, tuned
+from vocabularies import MARKERS, bpe, llama, save, tuned, wordpiece
 
 import hf_fda
 from hf_fda.anchors import UnitAnchors
 from hf_fda.checkpoint import open_checkpoint
 from hf_fda.cli import main
+from hf_fda.data import Reading, open_data
 from hf_fda.errors import HFFDAError, InputError
-from hf_fda.inputs import name_sources
+from hf_fda.inputs import name_sources, open_inputs
 
 Away = Callable[..., Any]
 
@@ -111,6 +112,16 @@ def merge_anchors(base: str, ids: list[str], folder: Path) -> Path:
     """A merge of anchors alone."""
     opened = {f"task{number}": hf_fda.FunctionalDualAnchors.from_pretrained(id) for number, id in enumerate(ids)}
     return hf_fda.merge(base, opened, output=folder, device="cpu", quiet=True, epochs=2).folder
+
+
+def rows_of(base: str, sources: dict[str, str], data: dict[str, Any], **reading: Any) -> dict[str, Any]:
+    """The records of rows by task, with how many were expected and how many there are."""
+    found = open_data(data, open_inputs(base, sources), Reading(**reading))
+    encoded = {task: opened.encode() for task, opened in found.items()}
+    return {
+        task: {**opened.recorded(encoded[task]), "expected": opened.count, "found": len(encoded[task])}
+        for task, opened in found.items()
+    }
 
 
 def hash_of(tensor: torch.Tensor) -> str:
@@ -766,3 +777,80 @@ def test_anchors_that_cannot_be_had_are_refused_by_name(
 def test_the_whole_of_a_hub_model_equals_its_file(hub: FakeHub, away: Away, folders: dict[str, Path]) -> None:
     stored = {name: hash_of(tensor) for name, tensor in load_file(folders["base"] / WEIGHTS).items()}
     assert away(tensors, "org/base", *stored) == stored
+
+
+# -- rows of data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(hub: FakeHub, home: Path, tmp_path: Path) -> dict[str, Any]:
+    """A classifier with a tokenizer, and a dataset org/rows of two configurations; what `rows_of` is called with."""
+    shutil.rmtree(home / "datasets", ignore_errors=True)
+    tokenizer = wordpiece(tmp_path / "words", ["fox", "dog"])
+    for name in ("base", "one"):
+        model = t.BertForSequenceClassification(t.BertConfig(**TEXT, max_position_embeddings=40))
+        save(tmp_path / name, model, tokenizer)
+    parts = {"train": ("first", 8), "test": ("first", 3), "validation": ("second", 2)}
+    for split, (folder, count) in parts.items():
+        (tmp_path / "rows" / folder).mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"text": "fox " * (number + 1), "label": 0}) for number in range(count)]
+        (tmp_path / "rows" / folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    configs = [
+        {
+            "config_name": name,
+            "data_files": [
+                {"split": split, "path": f"{name}/{split}.jsonl"}
+                for split, (folder, _) in parts.items()
+                if folder == name
+            ],
+        }
+        for name in ("first", "second")
+    ]
+    (tmp_path / "rows" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
+    hub.publish("org/rows", tmp_path / "rows", kind="datasets")
+    return {"base": str(tmp_path / "base"), "sources": {"one": str(tmp_path / "one")}}
+
+
+def test_rows_of_a_dataset_on_the_hub_are_recorded_with_its_commit(
+    rows: dict[str, Any], hub: FakeHub, away: Away, offline: Away
+) -> None:
+    found = away(rows_of, **rows, data={"one": "org/rows:first"}, rows=5)["one"]
+    assert found.pop("found") == found.pop("expected") == 5
+    commit = commit_of(hub, "org/rows", kind="datasets")
+    known = {"path": "org/rows", "name": "first", "revision": commit, "split": "train", "columns": ["text"]}
+    assert found == {**known, "max_length": 40, "rows": 5, "fingerprint": found["fingerprint"]}
+    hub.repositories["datasets", "org/rows"].commit({"README.md": b"moved on"}, "main")
+    for call in (away, offline):
+        again = call(rows_of, **rows, data={"one": found})["one"]
+        assert {name: again[name] for name in found} == found
+    cached = offline(rows_of, **rows, data={"one": "org/rows:first"})["one"]
+    assert cached["revision"] == commit and cached["found"] == 8
+
+
+def test_a_stream_of_a_dataset_on_the_hub_is_read_from_its_start(
+    rows: dict[str, Any], hub: FakeHub, away: Away
+) -> None:
+    data = {"one": {"path": "org/rows", "name": "second", "stream": True}}
+    assert away(rows_of, **rows, data=data, rows=1)["one"]["found"] == 1
+    assert {name for name in hub.served if name.endswith("jsonl")} == {"org/rows/second/validation.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("org/nothing", "no such repository on the Hub"),
+        ("org/rows@nothing", "the Hub has no such revision"),
+        ("org/rows:third", "'third' not found.*first.*second"),
+        ({"path": "org/rows", "name": "first", "split": "tset"}, "no split 'tset': did you mean 'test'"),
+    ],
+)
+def test_rows_that_the_hub_does_not_have_are_refused_by_name(
+    data: Any, said: str, rows: dict[str, Any], away: Away
+) -> None:
+    with pytest.raises(InputError, match=said):
+        away(rows_of, **rows, data={"one": data})
+
+
+def test_rows_that_are_not_cached_are_refused_offline(rows: dict[str, Any], hub: FakeHub, offline: Away) -> None:
+    with pytest.raises(InputError, match="no such file or folder, and the Hub cannot be asked"):
+        offline(rows_of, **rows, data={"one": "org/rows"})

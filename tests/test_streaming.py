@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from checks import assert_same, files, merge, weights
 from conftest import fine_tune, make_model
 from processes import run
 from torch import Tensor
 
-from hf_fda.checkpoint.hashed import HashedFile
+from hf_fda.checkpoint.hashed import HashedFile, digest
 from hf_fda.errors import InputError, RunError
 from hf_fda.planning import plan
 from hf_fda.selection import coarse_counts, cut_at, cut_for, digits_inside, fine_counts, keep, place, shares, tied
 from hf_fda.store import Filled
 from hf_fda.streaming.workers import Workers, most_held
-from hf_fda.tensors import agreeing_mean, drop, trim
+from hf_fda.tensors import agreeing_mean, drop, of_same_sum, trim
 
 Library = Callable[[str], tuple[Path, list[Path]]]
 
@@ -136,7 +136,7 @@ def test_a_file_is_hashed_whatever_the_order_of_its_pieces(order: tuple[int, ...
     file = HashedFile(tmp_path / "file", 3000)
     for number in order:
         file.write(1000 * number, pieces[number])
-    assert file.digest() == hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert file.digest() == digest(tmp_path / "file") == xxhash.xxh3_128(b"".join(pieces)).hexdigest()
     file.close()
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
 
@@ -170,6 +170,7 @@ PARTWISE: dict[str, dict[str, Any]] = {
     "task_arithmetic": {},
     "ties": {"density": 0.3},
     "dare_ties": {"density": 0.3},
+    "slerp": {},
     "magnitude_prune": {"density": 0.3, "trim": "global"},
 }
 
@@ -186,13 +187,17 @@ def test_any_number_of_threads_makes_the_same_bytes(
     assert files(tmp_path / "four") == files(tmp_path / "one")
 
 
-def test_a_large_tensor_is_trimmed_as_if_it_were_in_one_piece(large: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_large_tensor_is_trimmed_as_if_it_were_in_one_piece(rescale: bool, large: Any, tmp_path: Path) -> None:
     base, sources = large
-    found = weights(merge(base, sources, "ties", tmp_path / "merged", density=0.3).folder)
+    found = weights(merge(base, sources, "ties", tmp_path / "merged", density=0.3, rescale=rescale).folder)
     name = "model.embed_tokens.weight"
     theta, *others = (weights(path)[name].float() for path in (base, *sources))
     tasks = [trim(other - theta, 0.3) for other in others]
-    assert torch.equal(found[name], theta + agreeing_mean(tasks, (1, 1), "total", True))
+    if rescale:
+        tasks = [of_same_sum(task, other - theta) for task, other in zip(tasks, others, strict=True)]
+    merged = theta + agreeing_mean(tasks, (1, 1), "total", True)
+    torch.testing.assert_close(found[name], merged, rtol=0, atol=1e-7 if rescale else 0)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

@@ -29,8 +29,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     "tsv": {"method": "tsv"},
 }
 LOOKING: dict[str, dict[str, Any]] = {
-    "adamerging task": {"method": "adamerging", "granularity": "task"},
-    "adamerging tensor": {"method": "adamerging", "granularity": "tensor"},
     **{
         f"divmerge {granularity} {divergence}": {
             "method": "divmerge",
@@ -40,12 +38,14 @@ LOOKING: dict[str, dict[str, Any]] = {
         for granularity in ("task", "block", "tensor")
         for divergence in ("jensen-shannon", "forward-kl", "reverse-kl")
     },
+    "adamerging task": {"method": "adamerging", "granularity": "task"},
+    "adamerging tensor": {"method": "adamerging", "granularity": "tensor"},
     "regmean": {"method": "regmean"},
     "regmean_pp": {"method": "regmean_pp"},
     "fisher": {"method": "fisher"},
     "distill": {"method": "distill"},
-    "fda data": {"method": "fda", "states": "data"},
-    "fda mixed": {"method": "fda", "states": "mixed"},
+    "fda data": {"method": "fda"},
+    "fda mixed": {"method": "fda", "with_data": "mixed"},
 }
 ON_ANCHORS: dict[str, dict[str, Any]] = {
     f"divmerge anchors {granularity}": {"method": "divmerge", "granularity": granularity, "data": "anchors"}

@@ -185,7 +185,7 @@ class Merged(Change):
 
 
 def find_changes(label: str, skeleton: Skeleton, init: Any) -> dict[str, Change]:
-    """Every tensor that an adapter changes, by its name in the model without the adapter.
+    """Every tensor that an adapter changes, by its name in the model without the adapter; tied ones each on its own.
 
     Args:
         label: the adapter, for messages.
@@ -204,11 +204,10 @@ def find_changes(label: str, skeleton: Skeleton, init: Any) -> dict[str, Change]
                 if name in found:
                     raise InputError(f"{label}: the adapter changes '{name}' in two ways, which cannot be merged")
                 found[name] = change
-    for name, value in skeleton.whole.items():
-        found[name] = Rebased(value, found[name]) if name in found else Replaced(value)
-    shapes = skeleton.layout.shapes
+    layout = skeleton.layout
+    found |= {name: Replaced(value) for name, value in skeleton.whole.items()}
     for name in found:
-        if name not in shapes:
+        if name not in layout.shapes and name not in layout.tied:
             raise InputError(f"{label}: the adapter changes '{name}', which the model does not have or does not store")
     return found
 
@@ -230,9 +229,9 @@ def _layer_changes(label: str, path: str, layer: Any, init: Any, adapter: str) -
         yield layer.parameter_name, Thin(_stacked_product(layer, adapter))
         return
     if _is(layer, TrainableTokensLayer):
-        if layer.tied_adapter is None:  # what is tied to it is the same tensor
-            indices = torch.tensor(layer.token_indices[adapter], dtype=torch.long)
-            yield "weight", Rows(indices, layer.trainable_tokens_delta[adapter].detach(), tuple(inner.weight.shape))
+        own: Any = layer if layer.tied_adapter is None else layer.tied_adapter
+        indices = torch.tensor(own.token_indices[adapter], dtype=torch.long)
+        yield "weight", Rows(indices, own.trainable_tokens_delta[adapter].detach(), tuple(inner.weight.shape))
         return
     if not _is(layer, LoraLayer):
         yield "weight", Merged(layer, "weight", adapter)

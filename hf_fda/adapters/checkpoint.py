@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hf_fda.adapters.changes import Change, Replaced, Rows, find_changes
+from hf_fda.adapters.changes import Change, Replaced, find_changes
 from hf_fda.adapters.files import CONFIG, AdapterFiles, from_model, read_files
 from hf_fda.adapters.skeleton import Skeleton, build
+from hf_fda.adapters.ties import fold, with_loaded
 from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.checkpoint.location import INDEX, SINGLE, Location, locate
 from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.checkpoint.view import RowView
@@ -48,19 +51,56 @@ class AdapterCheckpoint:
                 f"{files.id}: the base is a {base.layout.model_class.__name__}, which transformers does not "
                 "know, so that no adapter can be put on it; pass trust_remote_code=True if it comes with code you trust"
             )
-        self.files, self.base = files, base
+        self.files = files
         self.id, self.location = files.id, files.location
         self.commit = files.location.commit if files.location is not None else None
         skeleton = skeleton or build(files, base.layout)
-        self.layout = skeleton.layout
-        self.changes: Mapping[str, Change] = find_changes(
-            files.id, skeleton, getattr(files.config, "init_lora_weights", None)
-        )
-        known = match_names(base.names, base.layout.body_prefixes, self.layout.names, self.layout.body_prefixes)
+        found = find_changes(files.id, skeleton, getattr(files.config, "init_lora_weights", None))
+        self._by_place = with_loaded(files.id, found, skeleton.loaded, skeleton.layout)
+        self._settle(base, skeleton.layout)
+
+    def _settle(self, base: Checkpoint, layout: ModelLayout) -> None:
+        """Match the changes to the tensors of a base."""
+        self.base, self.layout = base, layout
+        self.changes: Mapping[str, Change]
+        self.changes, self.apart = fold(self._by_place, layout)
+        known = match_names(base.names, base.layout.body_prefixes, layout.names, layout.body_prefixes)
         self._base_name = {own: name for name, own in known.items()}
-        self.names = tuple(name for name in self.layout.names if name in self._base_name or name in self.changes)
+        self.names = tuple(name for name in layout.names if name in self._base_name or name in self.changes)
         self._check_shapes()
         self._own_dense = threading.local()
+
+    def untied(self, base: Checkpoint) -> AdapterCheckpoint:
+        """The same adapter with each place of a tied tensor as a tensor of its own, which PEFT changes on its own.
+
+        Args:
+            base: the base in this form, `Untied`.
+
+        Raises:
+            InputError: when the base lacks one that the adapter changes.
+        """
+        other = copy.copy(self)
+        other._settle(base, self.layout.untied())
+        return other
+
+    def check_ties(self, names: Container[str], label: str, way_out: str) -> None:
+        """Refuse the adapter where each of these tensors is one for all its places, which are not changed alike.
+
+        Args:
+            names: of stored tensors.
+            label: what to call the adapter in errors.
+            way_out: what to do instead.
+
+        Raises:
+            InputError: naming the places.
+        """
+        for name in self.layout.names:
+            if name in self.apart and name in names:
+                places = " and ".join(f"'{place}'" for place in self.layout.places(name))
+                raise InputError(
+                    f"{label}: the model ties {places}, which the adapter does not change alike, and a full checkpoint "
+                    f"holds one tensor for them; {way_out}"
+                )
 
     @property
     def config(self) -> PretrainedConfig:
@@ -128,10 +168,6 @@ class AdapterCheckpoint:
         """Whether the adapter brings a tensor whole (PEFT's `modules_to_save`)."""
         return isinstance(self.changes.get(name), Replaced)
 
-    def keeps_ties(self, name: str) -> bool:
-        """Whether a tensor that is tied to this one changes with it: PEFT does so where it trains some rows only."""
-        return isinstance(self.changes.get(name), Rows)
-
     def factors(self, name: str) -> LowRank | None:
         """A tensor's task vector as thin factors; None where the adapter does not change it, or by no thin product."""
         change = self.changes.get(name)
@@ -155,11 +191,15 @@ class AdapterCheckpoint:
         return change.tensor
 
     def _check_shapes(self) -> None:
+        tied = {place for places in self.layout.shared.values() if len(places) > 1 for place in places}
         for name, change in self.changes.items():
             own = self._base_name.get(name)
             if own is None:
-                if not isinstance(change, Replaced):
-                    raise InputError(f"{self.id}: the adapter adds to '{name}', which the base does not have")
+                if not isinstance(change, Replaced) or name in tied:
+                    raise InputError(
+                        f"{self.id}: the adapter changes '{name}', which the base does not have; give as the base a "
+                        f"{self.layout.model_class.__name__}, as the adapter's own was"
+                    )
             elif self.base.shape(own) != self.shape(name) and not isinstance(change, Replaced):
                 raise InputError(
                     f"{self.id}: tensor '{name}' is {self.shape(name)} in the model of the adapter and "

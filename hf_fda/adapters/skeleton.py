@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,13 +37,15 @@ ADAPTER = "default"
 class Skeleton:
     """A model with an adapter in it, whose parameters may be hollow: of the right shape, without memory.
 
-    `layout` is the model's without the adapter; `whole` are the tensors that the adapter brings in place of the model's
-    own, by their names there; `adapter` is what the model calls it.
+    `layout` is the model's without the adapter; `whole` are the tensors of modules that the adapter brings in place of
+    the model's (`modules_to_save`), `loaded` those that it loads into the model's own, both by their names there;
+    `adapter` is what the model calls it.
     """
 
     model: PeftModel
     layout: ModelLayout
     whole: dict[str, Tensor]
+    loaded: dict[str, Tensor] = field(default_factory=dict)
     adapter: str = ADAPTER
 
 
@@ -65,8 +68,9 @@ def skeleton_of(model: PeftModel, adapter: str, layout: ModelLayout) -> Skeleton
     """
     inner: Any = model.base_model.model
     mark = f".modules_to_save.{adapter}."
-    own = {name: value for name, value in inner.named_parameters() if mark in name}
-    return Skeleton(model, layout, {plain_name(name).replace(mark, "."): own[name].detach() for name in own}, adapter)
+    own = {name: value for name, value in inner.named_parameters(remove_duplicate=False) if mark in name}
+    whole = {plain_name(name).replace(mark, "."): own[name].detach() for name in own}
+    return Skeleton(model, layout, whole, adapter=adapter)
 
 
 def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
@@ -88,16 +92,23 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
     if hasattr(own, "init_lora_weights"):
         own.init_lora_weights = False  # not from the base's weights, which are not here
     own.inference_mode = True
+    based = {name: value for name, value in files.tensors.items() if ".base_layer." in name}
+    wide = {name: value.float() for name, value in based.items()}  # PEFT rounds factors to their base's type
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped: Any = PeftModel(model, own, ADAPTER, low_cpu_mem_usage=True)
-            result: Any = set_peft_model_state_dict(wrapped, files.tensors, ADAPTER, low_cpu_mem_usage=True)
+            result: Any = set_peft_model_state_dict(wrapped, files.tensors | wide, ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{files.id}: the adapter does not fit the base, a {base.model_class.__name__} ({reason})"
         ) from None
+    if result.unexpected_keys and getattr(files.config, "ensure_weight_tying", False):
+        raise InputError(
+            f"{files.id}: PEFT does not load what it saved of this adapter with ensure_weight_tying=True "
+            f"({few(result.unexpected_keys)}); give the PeftModel in memory that was trained, or train without it"
+        )
     if result.unexpected_keys:
         raise InputError(
             f"{files.id}: the adapter has tensors for which the base, as a {model_class.__name__}, has no place "
@@ -107,11 +118,30 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
     if empty:
         raise InputError(f"{files.id}: the adapter lacks tensors that its configuration promises ({few(empty)})")
     brought = {
-        plain_name(name).replace(f".modules_to_save.{ADAPTER}.", "."): value.detach()
-        for name, value in wrapped.base_model.model.named_parameters()
+        plain_name(name): value.detach()
+        for name, value in wrapped.base_model.model.named_parameters(remove_duplicate=False)
         if id(value) not in hollow
-    }
-    return Skeleton(wrapped, layout, {name: value for name, value in brought.items() if name in layout.shapes})
+    } | {plain_name(name.removeprefix("base_model.model.")): value for name, value in based.items()}
+    mark = f".modules_to_save.{ADAPTER}."
+    whole = {name.replace(mark, "."): value for name, value in brought.items() if mark in name}
+    return Skeleton(wrapped, layout, whole, _loaded(files.id, brought, layout))
+
+
+def _loaded(label: str, brought: Mapping[str, Tensor], layout: ModelLayout) -> dict[str, Tensor]:
+    """What of all that an adapter brings takes the place of a tensor of the base.
+
+    Raises:
+        InputError: when it would be two tensors in the place of one.
+    """
+    found = {name: value for name, value in brought.items() if layout.tied.get(name, name) in layout.shapes}
+    for name, value in found.items():
+        other = layout.tied.get(name, name)
+        if not torch.equal(found.get(other, value), value):
+            raise InputError(
+                f"{label}: the adapter comes with base weights for '{name}' and other ones for '{other}', which the "
+                "base ties; it was trained on a base that does not tie them: give that"
+            )
+    return found
 
 
 def _check_rows(files: AdapterFiles, layout: ModelLayout) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fda.adapters.checkpoint import AdapterCheckpoint
+from hf_fda.adapters.checkpoint import AdapterCheckpoint, adapter_of
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.errors import InputError, few
@@ -24,9 +24,10 @@ FACTORED = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor that a merged adapter changes.
+    """A tensor that a merged adapter changes; of a tied one, one of its places.
 
-    `base_name` is the base's name of it, `name` that in the model the adapter is for. `form` says how it is kept: as
+    `base_name` is the base's name of it, `name` that in the model the adapter is for. `form`, which is the same in all
+    places, says how it is kept: as
     thin factors of a module's weight, or of a single parameter (a stack of experts, in PEFT's `target_parameters`);
     whole (with its module, in PEFT's `modules_to_save`); or as the bias of the factors (`lora_bias`). `limit` is the
     largest rank that its factors get.
@@ -70,6 +71,11 @@ class AdapterPlan:
         return min(self.budget.rank or target.limit, target.limit)
 
     @property
+    def parts(self) -> tuple[Target, ...]:
+        """What is made one by one: of a tied tensor the first place, which the others are like."""
+        return tuple({target.base_name: target for target in reversed(self.targets)}.values())[::-1]
+
+    @property
     def whole_modules(self) -> list[str]:
         """Paths of the modules that the adapter brings whole: those of whole tensors, and what else PEFT takes for one
         of them, as it compares the ends of names ("norm" is also "layers.0.input_layernorm")."""
@@ -111,8 +117,7 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     strange = [name for name in changed if name not in own_name]
     if strange:
         raise InputError(f"as_adapter=True: the model of the sources has no {few(strange)}; merge into a checkpoint")
-    _check_ties(inputs, changed)
-    targets = _targets(inputs, layout, {name: own_name[name] for name in changed})
+    targets = _targets(inputs, layout, {name: own_name[name] for name in changed}, budget)
     if not targets:
         raise InputError("as_adapter=True: no source changes anything that is merged; there is nothing to write")
     # Of a task type with a head PEFT expects that head in the adapter; heads that are kept lie beside it
@@ -120,20 +125,6 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     _check_whole(plan)
     _check_rank(inputs, plan)
     return plan
-
-
-def _check_ties(inputs: Inputs, changed: Sequence[str]) -> None:
-    """Refuse tensors that an adapter changes with what is tied to them: factors would change one of both."""
-    tied = {name: other for other, name in inputs.base.layout.tied.items()}
-    for source in inputs.weighted:
-        checkpoint = source.checkpoint
-        moved = [name for name in changed if name in tied and source.may_move(name)]
-        for name in moved:
-            if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.keeps_ties(source.tensor_of[name]):
-                raise InputError(
-                    f"as_adapter=True: source '{source.name}' changes '{name}' and what is tied to it, '{tied[name]}'; "
-                    "factors would change one of both: merge into a full checkpoint"
-                )
 
 
 def _check_whole(plan: AdapterPlan) -> None:
@@ -204,23 +195,35 @@ def _full_rank(shape: tuple[int, ...]) -> int:
     return min(shape[-2:]) if len(shape) == 3 else min(shape[0], torch.Size(shape[1:]).numel())
 
 
-def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str]) -> tuple[Target, ...]:
+def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str], budget: Budget) -> tuple[Target, ...]:
+    places = {base: layout.places(own) for base, own in names.items()}
+    every = [(base, place) for base, own in places.items() for place in own]
     modules = dict(layout.model.named_modules())
-    owners = {base: (modules[own.rpartition(".")[0]], own.rpartition(".")[2]) for base, own in names.items()}
-    whole = {id(owners[name][0]) for name in names if owners[name][1] == "weight" and _comes_whole(inputs, name)}
+    owners = {place: (modules[place.rpartition(".")[0]], place.rpartition(".")[2]) for _, place in every}
+    whole = {owners[place][0] for base, place in every if owners[place][1] == "weight" and _comes_whole(inputs, base)}
     biased = any(
-        part == "bias" and isinstance(module, FACTORED) and id(module) not in whole for module, part in owners.values()
+        part == "bias" and isinstance(module, FACTORED) and module not in whole for module, part in owners.values()
     )
+
+    def form(base: str, place: str) -> Form:
+        return "whole" if owners[place][0] in whole else _form(inputs, base, *owners[place], biased)
+
+    for base, own in places.items():  # a tied tensor has one form
+        if len({form(base, place) for place in own}) > 1 or (len(own) > 1 and _exact_is_thick(inputs, base, budget)):
+            whole |= {owners[place][0] for place in own}
     targets = []
-    for base_name, own in names.items():
-        module, part = owners[base_name]
-        form: Form = "whole"
-        if id(module) not in whole:
-            form = _form(inputs, base_name, module, part, biased)
-        limit = _limit(inputs, base_name) if form in ("factors", "parameter") else 0
-        targets.append(Target(base_name, own, form, limit))
+    for base, place in every:
+        kept = form(base, place)
+        limit = _limit(inputs, base) if kept in ("factors", "parameter") else 0
+        targets.append(Target(base, place, kept, limit))
     _check_parameters(layout, targets)
     return tuple(targets)
+
+
+def _exact_is_thick(inputs: Inputs, name: str, budget: Budget) -> bool:
+    """Whether a tensor's exact factors would be no smaller than itself: a full fine-tune changes it."""
+    moving = [source.checkpoint for source in inputs.weighted if source.may_move(name)]
+    return budget == Budget() and any(adapter_of(checkpoint) is None for checkpoint in moving)
 
 
 def _form(inputs: Inputs, name: str, module: nn.Module, part: str, biased: bool) -> Form:

@@ -25,7 +25,7 @@ MEMORY = 20
 
 @dataclass(frozen=True)
 class UnitProblem:
-    """A unit whose task vectors get coefficients: the base's module (changed in place), for each parameter that any
+    """A unit whose task vectors get coefficients: the base's module, for each parameter that any
     source moves its K task tensors, what its outputs shall be, and how it is called where the aim does not say so."""
 
     module: nn.Module
@@ -65,6 +65,7 @@ class Combined:
             for name, gradient in zip(self.moving, found, strict=True):
                 gradients[name] += gradient
             total += float(loss.detach())
+        self._put(torch.zeros_like(coefficients))
         slopes = torch.zeros_like(coefficients)
         for name, gradient in gradients.items():
             products = [float(torch.sum(gradient * task, dtype=torch.float64)) for task in self.problem.tasks[name]]

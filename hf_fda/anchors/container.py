@@ -23,11 +23,11 @@ from hf_fda.anchors.files import (
     write_unit,
 )
 from hf_fda.anchors.making import Making
+from hf_fda.checkpoint.hashed import digest
 from hf_fda.errors import InputError, nearest
 from hf_fda.hub import hub_errors
 from hf_fda.processes import together
 from hf_fda.pushing import push
-from hf_fda.store import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

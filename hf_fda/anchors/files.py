@@ -53,7 +53,7 @@ def unit_file(unit: str) -> str:
 
 
 def write_unit(path: Path, unit: UnitAnchors) -> str:
-    """Write one unit's anchors and targets; loss, steps and cosines go into the file's header. The file's SHA-256."""
+    """Write one unit's anchors and targets; loss, steps and cosines go into the file's header. The file's hash."""
     metadata = {
         "loss": repr(unit.loss),
         "steps": str(unit.steps),

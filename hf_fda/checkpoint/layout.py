@@ -138,6 +138,32 @@ class ModelLayout:
         return tuple(self.shapes)
 
     @cached_property
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """Of each tensor that the model ties to others all their names, where a module computes with them.
+
+        A module with others inside, which holds the tensor for one of these (BERT's head its bias), is left out.
+        """
+        groups: dict[str, list[str]] = {}
+        for other, name in self.model.all_tied_weights_keys.items():
+            groups.setdefault(name, [name]).append(other)
+        return {name: tuple(filter(self._computes, group)) or (name,) for name, group in groups.items()}
+
+    def _computes(self, name: str) -> bool:
+        return not list(self.model.get_submodule(name.rpartition(".")[0]).children())
+
+    def places(self, name: str) -> tuple[str, ...]:
+        """All names of a stored tensor in the model: `shared`, or its own alone."""
+        return self.shared.get(name, (name,)) if self.tied else (name,)
+
+    def untied(self) -> ModelLayout:
+        """The same model, but each place of a tied tensor holds one of its own. Such a model is never written."""
+        apart = copy.copy(self)
+        apart.shapes = {place: shape for name, shape in self.shapes.items() for place in self.places(name)}
+        apart.tied = {}
+        apart.__dict__.pop("roles", None)
+        return apart
+
+    @cached_property
     def roles(self) -> dict[str, Role]:
         """The role of every tensor by name."""
         modules = dict(self.model.named_modules())
@@ -207,15 +233,24 @@ class ModelLayout:
 
     def save_groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """In-memory names, in order, dealt into the smallest groups that `to_disk` can convert."""
+        reverse = self._reverse()
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            key, pattern = apply_converters(name, reverse)
+            groups.setdefault(name if pattern is None else key, []).append(name)
+        return [tuple(group) for group in groups.values()]
+
+    def unconverted(self, names: Iterable[str]) -> set[str]:
+        """Those of some in-memory names whose tensors `to_disk` only renames."""
+        reverse = self._reverse()
+        return {name for name in names if apply_converters(name, reverse)[1] is None}
+
+    def _reverse(self) -> list[Any]:
+        """What turns tensors in memory into those on disk, beside renaming."""
         conversions = getattr(self.model, "_weight_conversions", None)
         if conversions is None:
             conversions = get_model_conversion_mapping(self.model, add_legacy=False)
-        reverse = [item.reverse_transform() for item in conversions[::-1] if isinstance(item, WeightConverter)]
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            key, pattern = apply_converters(name, reverse)  # type: ignore[arg-type]
-            groups.setdefault(name if pattern is None else key, []).append(name)
-        return [tuple(group) for group in groups.values()]
+        return [item.reverse_transform() for item in conversions[::-1] if isinstance(item, WeightConverter)]
 
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in memory (whole groups, by name) under the names and in the shapes `save_pretrained` writes."""

@@ -77,6 +77,10 @@ class TensorLayout(ModelLayout):
         """Every tensor on its own."""
         return [(name,) for name in names]
 
+    def unconverted(self, names: Iterable[str]) -> set[str]:
+        """All of them."""
+        return set(names)
+
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors."""
         return dict(tensors)

@@ -1,4 +1,5 @@
-"""Checkpoints that read their tensors from another: as they are, or with the rows of its vocabulary in other places."""
+"""Checkpoints that read their tensors from another: as they are, with each place of a tied tensor as one of its own, or
+with the rows of its vocabulary elsewhere."""
 
 from __future__ import annotations
 
@@ -72,6 +73,41 @@ class View(ReadCheckpoint):
     def fingerprint(self) -> str:
         """A hash that changes when the weights do."""
         return hashlib.sha256(f"{type(self).__name__} {self.origin.fingerprint()}".encode()).hexdigest()
+
+
+class Untied(View):
+    """A checkpoint in which each place of a tied tensor has one of its own, for changes that are not the same in all.
+
+    Args:
+        origin: the checkpoint.
+    """
+
+    def __init__(self, origin: Checkpoint) -> None:
+        super().__init__(origin)
+        self.layout = origin.layout.untied()
+        self._stored = {place: name for name in origin.names for place in origin.layout.places(name)}
+        self.names = tuple(self._stored)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored type of a tensor."""
+        return self.origin.dtype(self._stored[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in memory layout."""
+        return self.origin.shape(self._stored[name])
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """One tensor on the CPU, as `Checkpoint.read`."""
+        return self.origin.read(self._stored[name], part)
+
+    def in_parts(self, name: str) -> bool:
+        """As `Checkpoint.in_parts`."""
+        return self.origin.in_parts(self._stored[name])
+
+    @property
+    def disk_order(self) -> Sequence[str]:
+        """As `Checkpoint.disk_order`: the places of a tensor follow each other."""
+        return [place for name in self.origin.disk_order for place in self.origin.layout.places(name)]
 
 
 class RowView(View):

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: the header first, from shapes alone, then each tensor in its place."""
+"""Safetensors files written piece by piece: the header first, from shapes alone, then each tensor in its place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TensorSpec:
 class SafetensorsWriter:
     """One safetensors file, in the format's own layout, never held in memory.
 
-    When it is closed, `digest` is the SHA-256 of its bytes.
+    When it is closed, `digest` is the hash of its bytes.
 
     Args:
         path: the file to make.
@@ -48,7 +48,7 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self.specs = dict(specs)
-        self._missing = set(specs)
+        self._missing = {name: prod(spec.shape) for name, spec in specs.items()}
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         self._start: dict[str, int] = {}
         offset = 0
@@ -75,11 +75,25 @@ class SafetensorsWriter:
             ValueError: when its shape is not the promised one, or it was written before.
         """
         spec = self.specs[name]
-        if tuple(tensor.shape) != spec.shape or name not in self._missing:
+        if tuple(tensor.shape) != spec.shape or self._missing.get(name) != tensor.numel():
             raise ValueError(f"tensor '{name}' {tuple(tensor.shape)} was promised as {spec.shape}, once")
-        self._missing.remove(name)
-        flat = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1)
-        self._file.write(self._data + self._start[name], flat.view(torch.uint8).numpy().data)
+        self.append(name, tensor.flatten())
+
+    def append(self, name: str, entries: Tensor) -> None:
+        """Write the next flattened entries of a tensor (any device; cast to the promised type).
+
+        Raises:
+            ValueError: when the tensor has fewer left.
+        """
+        spec, missing = self.specs[name], self._missing.get(name, -1)
+        if len(entries) > missing:
+            raise ValueError(f"{len(entries)} entries of tensor '{name}', of which {max(missing, 0)} are missing")
+        place = self._start[name] + (prod(spec.shape) - missing) * spec.dtype.itemsize
+        self._missing[name] = missing - len(entries)
+        if not self._missing[name]:
+            del self._missing[name]
+        flat = entries.detach().to("cpu", spec.dtype).contiguous()
+        self._file.write(self._data + place, flat.view(torch.uint8).numpy().data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -96,7 +110,7 @@ class SafetensorsWriter:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a few tensors that are already in memory; the SHA-256 of the file."""
+    """Write a few tensors that are already in memory; the hash of the file."""
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, specs, metadata) as file:
         for name, tensor in tensors.items():

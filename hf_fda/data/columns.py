@@ -19,7 +19,7 @@ PAIRS = (
     *(("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("question", "sentence")),
     *(("question", "context"), ("question", "passage"), ("query", "passage"), ("query", "document")),
 )
-IMAGES = (SOLE, "image", "img", "pixels", "picture", "photo")
+IMAGES = (SOLE, "image", "img", "pixels", "pixel_values", "picture", "photo")
 WORDS = ("tokens", "words")
 CHATS = ("messages", "conversations", "conversation")
 JOINED = (("prompt", "completion"),)
@@ -154,7 +154,10 @@ def _words(table: _Finder, given: Given) -> Columns:
 def _texts(table: _Finder, given: Given, pairs: bool) -> Columns:
     """The column of a text, or the two of a pair."""
     if len(given.columns) > (2 if pairs else 1):
-        raise InputError(f"{table.label}: this model takes one text, which is in one column: columns=['...']")
+        raise InputError(
+            f"{table.label}: this model takes one text, not the two of {', '.join(given.columns)}; where one is to be "
+            "written on the other, name them prompt and target"
+        )
     if given.columns:
         return Columns(text=tuple(table.check(name, (TEXT,), "text") for name in given.columns))
     pair = table.first_pair(PAIRS) if pairs else None

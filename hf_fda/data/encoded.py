@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from hf_fda.data.encoding import EncodedRow, Encoder, Taker, next_tokens
-from hf_fda.data.tables import TEXT, Row
+from hf_fda.data.tables import IMAGE, TEXT, Row
 from hf_fda.errors import InputError
 
 LABELS = ("labels", "label", "label_ids")
+DECODER = ("decoder_input_ids", "decoder_attention_mask")
 IGNORED = -100
 """The label of positions that do not count, as the library's losses take it."""
 
@@ -19,7 +20,7 @@ IGNORED = -100
 def is_encoded(types: Mapping[str, str], taker: Taker) -> bool:
     """Whether a table's rows are what the model's forward takes."""
     main = taker.layout.model.main_input_name
-    return types.get(main, TEXT) != TEXT
+    return types.get(main, TEXT) not in (TEXT, IMAGE)
 
 
 class AsTheyAre(Encoder):
@@ -30,10 +31,10 @@ class AsTheyAre(Encoder):
 
     Args:
         taker: the model.
-        start: the token that starts an encoder-decoder's text, where it has one.
+        start: the token that an encoder-decoder's decoder starts with; None of other models.
     """
 
-    def __init__(self, taker: Taker, start: int | None = None) -> None:
+    def __init__(self, taker: Taker, start: int | None) -> None:
         self.taker, self.start = taker, start
         pad = taker.pad()
         self.padding = {"input_ids": pad, "decoder_input_ids": pad}
@@ -69,8 +70,7 @@ class AsTheyAre(Encoder):
         if inputs["input_ids"].ndim != 1 or real.shape != (size,):
             shape = tuple(inputs["input_ids"].shape)
             raise InputError(f"{self.taker.label}: 'input_ids' of a row must be (tokens,), not {shape}")
-        along = {name: tensor for name, tensor in inputs.items() if tensor.shape[:1] == (size,)}
-        along.pop("decoder_input_ids", None)
+        along = {name: own for name, own in inputs.items() if own.shape[:1] == (size,) and name not in DECODER}
         inputs = {**inputs, **{name: tensor[real] for name, tensor in along.items()}}
         inputs.setdefault("attention_mask", torch.ones(int(real.sum()), dtype=torch.long))
         if labels is not None and self.taker.form.head != "seq2seq":
@@ -88,8 +88,13 @@ class AsTheyAre(Encoder):
         """A row of an encoder-decoder: labels are what its decoder writes, one position early."""
         if labels is not None:
             labels = labels[labels != IGNORED]
-            if not len(labels) or self.start is None:
+            if not len(labels):
                 return None
             inputs["decoder_input_ids"] = torch.cat([labels.new_tensor([self.start]), labels[:-1]])
+        inputs.pop("decoder_attention_mask", None)
         decoder = inputs.get("decoder_input_ids")
-        return EncodedRow(inputs, None if decoder is None else torch.ones_like(decoder, dtype=torch.bool))
+        if decoder is None:
+            return EncodedRow(inputs)
+        real = (decoder != self.padding["decoder_input_ids"]).nonzero().flatten()
+        inputs["decoder_input_ids"] = decoder = decoder[: int(real[-1]) + 1 if len(real) else 1]
+        return EncodedRow(inputs, torch.ones_like(decoder, dtype=torch.bool))

@@ -64,7 +64,8 @@ def choose_encoder(
         InputError: when it is not known which columns to take, or tokenizer or image processor are missing.
     """
     if not given.named and is_encoded(table.columns, taker):
-        return Chosen(AsTheyAre(taker, _decoder_start(inputs, source)), {})
+        start = _decoder_start(inputs, source, taker) if taker.form.head == "seq2seq" else None
+        return Chosen(AsTheyAre(taker, start), {})
     columns = find_columns(table.columns, taker.form, given, table.label)
     if taker.form.takes == "image":
         processor = image_processor_of(inputs, source, reading.trust_remote_code)
@@ -92,7 +93,7 @@ def _of_texts(
     table: Table,
 ) -> Texts | Continued | Rewritten | Chats:
     if taker.form.head == "seq2seq":
-        return Rewritten(tokenizer, taker, length, columns, _decoder_start(inputs, source))
+        return Rewritten(tokenizer, taker, length, columns, _decoder_start(inputs, source, taker))
     if taker.form.head != "causal":
         return Texts(tokenizer, taker, length, columns)
     told = MESSAGES in [table.columns[name] for name in (*columns.prompt, columns.target) if name is not None]
@@ -112,10 +113,19 @@ def _said(columns: Columns) -> dict[str, Any]:
     return {"columns": named}
 
 
-def _decoder_start(inputs: Inputs, source: AlignedSource) -> int | None:
-    """The token that an encoder-decoder's decoder starts with; None where no file says it."""
+def _decoder_start(inputs: Inputs, source: AlignedSource, taker: Taker) -> int:
+    """The token that an encoder-decoder's decoder starts with.
+
+    Raises:
+        InputError: when no file says it.
+    """
     said = getattr(source.checkpoint.config, START, None)
     for place in (source.checkpoint.location, inputs.base.location):
         if said is None and place is not None and GENERATION in place.names:
             said = place.json(GENERATION).get(START)
-    return said
+    if said is None:
+        raise InputError(
+            f"{taker.label}: its configuration has no {START}, so what its decoder starts with is not known; write it "
+            "into config.json"
+        )
+    return int(said)

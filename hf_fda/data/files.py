@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def _as_row(row: Any, label: str) -> Row:
 
 def _separated(delimiter: str) -> Callable[[str, str], list[Row]]:
     def read(text: str, label: str) -> list[Row]:
-        reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
         rows: list[Row] = []
         try:
             for row in reader:
@@ -98,7 +99,7 @@ def _separated(delimiter: str) -> Callable[[str, str], list[Row]]:
 
 
 def _lines(text: str, label: str) -> list[Row]:
-    return [{SOLE: line} for line in text.splitlines()]
+    return [{SOLE: line} for line in text.removesuffix("\n").split("\n")]
 
 
 TEXT_FILES: dict[str, Callable[[str, str], Sequence[Row]]] = {

@@ -36,7 +36,9 @@ HEADS: tuple[tuple[str, Head, tuple[str, ...]], ...] = (
 )
 """Where the library lists the classes of each head, and how classes that it does not list end."""
 
-SPEECH = ("input_features", "input_values")
+
+TAKES: dict[str, Literal["text", "image"]] = {"input_ids": "text", "pixel_values": "image"}
+"""What models take in, by the name of their forward's main argument."""
 
 
 def form_of(layout: ModelLayout, label: str) -> Form:
@@ -55,9 +57,8 @@ def form_of(layout: ModelLayout, label: str) -> Form:
             f"{label}: transformers does not know {name}, so what it takes and gives is not known; pass "
             "trust_remote_code=True if it comes with code that you trust, or use a method that needs no data"
         )
-    takes: Literal["text", "image"] = "image" if layout.model.main_input_name == "pixel_values" else "text"
-    head = _head(layout)
-    if head is None or layout.model.main_input_name in SPEECH:
+    head, takes = _head(layout), TAKES.get(layout.model.main_input_name)
+    if head is None or takes is None or (takes == "image" and head != "classes"):
         raise InputError(
             f"{label} is a {name}, whose outputs cannot be compared on rows of data: that takes a model of text or "
             "images with a head that gives 'logits' over labels or tokens (ForSequenceClassification, "

@@ -25,7 +25,8 @@ def open_object(value: Any, split: str | None, label: str) -> Table:
 
     Args:
         value: a dataset of `datasets` (with or without splits, streamed or not), a data loader that gives mappings from
-            the model's arguments to tensors, or anything with a length whose items are texts, images or mappings.
+            the model's arguments to tensors, a frame of pandas, or anything with a length whose items are texts, images
+            or mappings.
         split: what a user says of splits.
         label: what to call it in errors.
 
@@ -42,6 +43,8 @@ def open_object(value: Any, split: str | None, label: str) -> Table:
     columns = types_of_features(features) if isinstance(features, Mapping) else None
     if isinstance(value, DataLoader):
         return streamed(label, lambda: _unbatched(value, label), facts)
+    if hasattr(value, "iterrows"):  # of pandas, which has columns for items
+        return listed(label, value.to_dict("records"), facts)
     if isinstance(value, (str, bytes, Mapping)):
         raise InputError(f"{label}: must be {KINDS}, not {type(value).__name__}")
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):

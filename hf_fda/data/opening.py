@@ -97,7 +97,9 @@ class OpenedData:
         return {**self.record, "fingerprint": rows.fingerprint}
 
 
-def open_data(data: Mapping[str, Any], inputs: Inputs, reading: Reading | None = None) -> dict[str, OpenedData]:
+def open_data(
+    data: Mapping[str, Any], inputs: Inputs, reading: Reading | None = None, of_all: bool = True
+) -> dict[str, OpenedData]:
     """Open the rows of every source, and check that they can be encoded; no more rows are read than that takes.
 
     Args:
@@ -107,17 +109,20 @@ def open_data(data: Mapping[str, Any], inputs: Inputs, reading: Reading | None =
             "path" and any of the other keys of `Given`.
         inputs: base and sources.
         reading: how rows are read.
+        of_all: whether every source has to have rows.
 
     Returns:
-        one for each source, in the sources' order.
+        one for each source that has rows, in the sources' order.
 
     Raises:
         InputError: when there are no rows for a source, they cannot be read, or the source does not take them.
     """
     reading = reading or Reading()
-    given = _matched(data, inputs)
+    given = _matched(data, inputs, of_all)
     opened, tokenizers = {}, {}
     for source in inputs.weighted:
+        if source.name not in given:
+            continue
         opened[source.name], chosen = _open(inputs, source, given[source.name], reading)
         if chosen.tokenizer is not None:
             tokenizers[source.name] = chosen.tokenizer
@@ -136,8 +141,8 @@ def fingerprint_of(kind: Kind, inputs: Sequence[Mapping[str, Tensor]], scored: S
     return digest.hexdigest()
 
 
-def _matched(data: Any, inputs: Inputs) -> dict[str, Given]:
-    """What is given for each source."""
+def _matched(data: Any, inputs: Inputs, of_all: bool) -> dict[str, Given]:
+    """What is given for each source that has rows."""
     if not isinstance(data, Mapping) or hasattr(data, "num_rows"):
         raise InputError(f"data must be a mapping from task name to its rows, not {type(data).__name__}")
     names = [source.name for source in inputs.sources]
@@ -145,9 +150,9 @@ def _matched(data: Any, inputs: Inputs) -> dict[str, Given]:
         if task not in names:
             raise InputError(f"data: there is no source '{task}': {nearest(str(task), names)}")
     for source in inputs.sources:
-        if source.weights is None:
-            raise InputError(f"source '{source.name}' is anchors only; a method that looks at data needs its weights")
-    lacking = [name for name in names if name not in data]
+        if source.weights is None and (of_all or source.name in data):
+            raise InputError(f"source '{source.name}' is anchors only; rows can only be shown to weights")
+    lacking = [name for name in names if name not in data and of_all]
     if lacking:
         raise InputError(
             f"no data for {few(map(repr, lacking), 5)}; every source needs rows of its task: "
@@ -207,8 +212,8 @@ def _at_path(given: Given, label: str) -> Table:
         return open_folder(path, given, f"{label} ({text})")
     if path.suffix.lower() in (*TEXT_FILES, ".parquet") or text.startswith((".", "/", "~")):
         beside = sorted(own.name for own in path.parent.iterdir()) if path.parent.is_dir() else []
-        hint = f"; {nearest(path.name, beside)}" if beside else ""
-        raise InputError(f"{label}: there is no file or folder '{text}'{hint if len(beside) < 20 else ''}")
+        hint = f"; {nearest(path.name, beside)}" if 0 < len(beside) < TRIED else ""
+        raise InputError(f"{label}: there is no file or folder '{text}'{hint}")
     if not HUB_ID.fullmatch(text):
         raise InputError(
             f"{label}: there is no file or folder '{text}', and it is no dataset's id either: give {KINDS}"

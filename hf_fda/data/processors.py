@@ -110,9 +110,10 @@ def image_processor_of(inputs: Inputs, source: AlignedSource, trust_remote_code:
     for place in (source.checkpoint.location, inputs.base.location):
         if place is None or not any(name in place.names for name in PROCESSOR_FILES):
             continue
-        where, revision = (place.folder, None) if place.folder is not None else (place.repo_id, place.commit)
+        remote = {"revision": place.commit, "subfolder": place.subfolder} if place.folder is None else {}
+        where = str(place.folder or place.repo_id)
         try:
-            return AutoImageProcessor.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+            return AutoImageProcessor.from_pretrained(where, trust_remote_code=trust_remote_code, **remote)
         except Exception as error:  # the library raises many kinds here, all of which mean the same to a user
             raise InputError(f"{label}: its image processor cannot be loaded ({first_line(error)})") from None
     raise InputError(

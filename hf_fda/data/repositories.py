@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from hf_fda.data.objects import open_object
 from hf_fda.data.request import HUB_ID, Given
-from hf_fda.data.tables import LOOKED_AT, Row, Table, choose_split, drawn, types_of, types_of_features
+from hf_fda.data.tables import LOOKED_AT, Row, Table, choose_split, drawn, streamed, types_of, types_of_features
 from hf_fda.errors import InputError
 from hf_fda.hub import UNREACHABLE, first_line, hub_errors
 
@@ -27,7 +28,6 @@ def open_folder(folder: Path, given: Given, label: str) -> Table:
     Raises:
         InputError: when `datasets` cannot read it, or it has several splits.
     """
-    facts = {"path": str(folder)}
     if any((folder / name).is_file() for name in SAVED):
         import datasets
 
@@ -36,8 +36,8 @@ def open_folder(folder: Path, given: Given, label: str) -> Table:
         splits = isinstance(saved, Mapping)
         split = choose_split([str(name) for name in saved], given.split, label) if splits else None
         table = open_object(saved[split] if splits else saved, None if splits else given.split, label)
-        return _found_at(table, label, facts | ({"split": split} if split else {}))
-    return _built(str(folder), given, label, facts, None)
+        return replace(table, facts={"path": str(folder)} | ({"split": split} if split else {}))
+    return _built(str(folder), given, label)
 
 
 def open_dataset(given: Given, label: str) -> Table:
@@ -48,23 +48,22 @@ def open_dataset(given: Given, label: str) -> Table:
     """
     found = HUB_ID.fullmatch(str(given.path))
     assert found is not None
-    repo, name, revision = found["repo"], given.name or found["name"], given.revision or found["revision"]
+    repo, revision = found["repo"], given.revision or found["revision"]
     commit = _commit(repo, revision, label)
-    facts = {"path": repo} | ({"revision": commit} if commit else {"revision": revision} if revision else {})
-    return _built(repo, Given(repo, name, given.split, commit or revision), label, facts, commit or revision)
+    return _built(repo, replace(given, name=given.name or found["name"], revision=commit), label)
 
 
 def _commit(repo: str, revision: str | None, label: str) -> str | None:
-    """The commit of a dataset; None where the Hub cannot be asked, and only the cache can tell."""
+    """The commit of a dataset; None where the Hub cannot be asked and the cache is to say what is its latest."""
     with hub_errors(f"{label} ({repo})", "no such file or folder, and "):
         try:
-            return HfApi().dataset_info(repo, revision=revision).sha
+            return HfApi().resolve_revision(repo, repo_type="dataset", revision=revision).resolved
         except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
             raise
         except UNREACHABLE as error:
-            if not _is_cached(repo):
-                raise error from error.__cause__
-            return None
+            if revision is None and _is_cached(repo):
+                return None
+            raise error from error.__cause__
 
 
 def _is_cached(repo: str) -> bool:
@@ -74,18 +73,18 @@ def _is_cached(repo: str) -> bool:
     return (Path(datasets.config.HF_DATASETS_CACHE) / repo.replace("/", "___")).is_dir()
 
 
-def _built(path: str, given: Given, label: str, facts: Mapping[str, Any], revision: str | None) -> Table:
+def _built(path: str, given: Given, label: str) -> Table:
     """A table of what a builder of `datasets` reads; only its first rows are looked at before it is asked for."""
     import datasets
 
     with _readable(label):
-        builder = datasets.load_dataset_builder(path, given.name, revision=revision)
-    known = builder.info.splits or builder.config.data_files or {}
-    with _readable(label):
-        streams: Any = builder.as_streaming_dataset() if not known else None
-    split = choose_split([str(name) for name in known or streams], given.split, label)
-    whole = split.partition("[")[0]  # a stream knows no parts such as "train[:10%]"
-    stream = builder.as_streaming_dataset(whole)
+        builder: Any = datasets.load_dataset_builder(path, given.name, revision=given.revision)
+        facts = _facts(path, builder, given, label)
+        known = builder.info.splits or builder.config.data_files or builder.as_streaming_dataset()
+        split = choose_split([str(name) for name in known], given.split, label)
+        whole = split.partition("[")[0]  # a stream knows no parts such as "train[:10%]"
+        stream = builder.as_streaming_dataset(whole)
+        columns = types_of_features(stream.features) if stream.features else types_of(list(stream.take(LOOKED_AT)))
 
     def first() -> Iterator[Row]:
         with _readable(label):
@@ -93,19 +92,35 @@ def _built(path: str, given: Given, label: str, facts: Mapping[str, Any], revisi
 
     def read(most: int | None, random: torch.Generator) -> Sequence[Row]:
         with _readable(label):
-            rows: Any = datasets.load_dataset(path, given.name, split=split, revision=revision)
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split)
         return [rows[row] for row in (range(len(rows)) if most is None else drawn(len(rows), most, random))]
 
-    features = stream.features
-    columns = types_of_features(features) if features else types_of(list(stream.take(LOOKED_AT)))
-    infos = builder.info.splits or {}
-    count = infos[whole].num_examples if whole in infos and whole == split else None
-    named = {"name": given.name} if given.name else {}
-    return Table(label, columns, count or None, first, read, {**facts, **named, "split": split})
+    facts["split"] = split
+    if given.stream:
+        return streamed(label, first, facts | {"stream": True}, columns)
+    sizes = builder.info.splits or {}
+    count = sizes[whole].num_examples if whole == split and whole in sizes else None
+    return Table(label, columns, count or None, first, read, facts)
 
 
-def _found_at(table: Table, label: str, facts: Mapping[str, Any]) -> Table:
-    return Table(label, table.columns, table.count, table.first, table.read, facts)
+def _facts(path: str, builder: Any, given: Given, label: str) -> dict[str, Any]:
+    """What finds again the rows that a builder reads: a Hub dataset's commit, and its configuration.
+
+    Raises:
+        InputError: when it reads another commit than that which is wanted, as it does offline.
+    """
+    facts = {"path": path}
+    if builder.repo_id is not None:
+        if given.revision not in (None, builder.hash):
+            raise InputError(
+                f"{label} ({path}): commit {given.revision} is not in the cache, which has {builder.hash}, and the Hub "
+                "cannot be asked"
+            )
+        facts["revision"] = builder.hash
+    if builder.config.name != "default":
+        facts["name"] = builder.config.name
+    return facts
 
 
 @contextmanager

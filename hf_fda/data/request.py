@@ -10,6 +10,9 @@ from typing import Any
 
 from hf_fda.errors import InputError, nearest
 
+ANCHORS = "anchors"
+"""What a user says for data where anchors are to take its place."""
+
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<name>[^@\s]+))?(?:@(?P<revision>\S+))?")
 """A dataset on the Hub: "org/name", "org/name:config", "org/name@revision", "org/name:config@revision"."""
 
@@ -45,14 +48,16 @@ class Given:
     """The data of one task as a user gives it.
 
     `path` is a file, a folder, a Hub id or an object in memory; `name`, `split` and `revision` are of a dataset with
-    several; `columns` are those of the text (or of a pair of texts) or image, or `prompt` and `target`; `rows` and
-    `max_length` overrule those of `Reading`. Rows whose `fingerprint` is another are refused.
+    several. With `stream` the first rows are read and no more of a dataset is fetched than that takes. `columns` are
+    those of the text (or of a pair of texts) or image, or `prompt` and `target`; `rows` and `max_length` overrule those
+    of `Reading`. Rows whose `fingerprint` is another are refused.
     """
 
     path: Any
     name: str | None = None
     split: str | None = None
     revision: str | None = None
+    stream: bool = False
     columns: tuple[str, ...] = ()
     prompt: str | None = None
     target: str | None = None
@@ -89,6 +94,8 @@ def as_given(task: str, value: Any) -> Given:
     for key in ("name", "split", "revision", "prompt", "target", "fingerprint"):
         if not isinstance(value.get(key), (str, type(None))):
             raise InputError(f"data of '{task}': {key} must be text, not {value[key]!r}")
+    if not isinstance(value.get("stream", False), bool):
+        raise InputError(f"data of '{task}': stream must be true or false, not {value['stream']!r}")
     given = Given(**{**value, "columns": listed})
     for key in ("rows", "max_length"):
         if value.get(key) is not None:

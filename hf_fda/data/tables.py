@@ -135,9 +135,8 @@ def types_of_features(features: Mapping[str, Any]) -> dict[str, str]:
 def _type_of_feature(feature: Any) -> str:
     kind = type(feature).__name__
     if kind == "Value":
-        names = {"string": TEXT, "large_string": TEXT, "bool": "true or false", "null": NOTHING}
-        number = "integer" if "int" in feature.dtype else "number" if "float" in feature.dtype else feature.dtype
-        return names.get(feature.dtype, number)
+        names = {"string": TEXT, "int": "integer", "float": "number", "bool": "true or false", "null": NOTHING}
+        return next((own for name, own in names.items() if name in feature.dtype), feature.dtype)
     if kind == "ClassLabel":
         return LABEL
     if kind == "Image":

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from hf_fda.data.columns import Columns
 from hf_fda.data.encoding import EncodedRow, Encoder, Taker, next_tokens, text_of
 from hf_fda.data.tables import Row
-from hf_fda.errors import InputError
 
 SPECIAL = "special_tokens_mask"
 
@@ -79,6 +78,7 @@ class Continued(Tokenizing):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, taker: Taker, max_length: int, columns: Columns) -> None:
         super().__init__(tokenizer, taker, max_length)
         self.columns = columns
+        tokenizer.truncation_side = "right"  # targets are told by how a text begins
 
     def __call__(self, row: Row) -> EncodedRow | None:
         """One row."""
@@ -113,19 +113,14 @@ class Rewritten(Tokenizing):
         taker: the model.
         max_length: the most tokens of either text.
         columns: of the text and the target.
-        start: the token that starts the decoder's text.
+        start: the token that the decoder starts with.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, taker: Taker, max_length: int, columns: Columns, start: int | None
+        self, tokenizer: PreTrainedTokenizerBase, taker: Taker, max_length: int, columns: Columns, start: int
     ) -> None:
         super().__init__(tokenizer, taker, max_length)
         self.columns, self.start = columns, start
-        if columns.target is not None and start is None:
-            raise InputError(
-                f"{taker.label}: its configuration has no decoder_start_token_id, so what its decoder starts with is "
-                "not known; write it into config.json"
-            )
 
     def __call__(self, row: Row) -> EncodedRow | None:
         """One row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from hf_fda.data.rows import TaskRows
 from hf_fda.divergence.coefficients import MergedParameters
 from hf_fda.divergence.objectives import Objective
+from hf_fda.divergence.sampling import minibatches, split
 from hf_fda.divergence.task_models import logits_of
-from hf_fda.errors import InputError, RunError
-from hf_fda.merge_methods.learned import Order
+from hf_fda.errors import RunError
+from hf_fda.merge_methods.learned import Order, Schedule
 from hf_fda.randomness import random_stream
 
 
@@ -26,6 +27,8 @@ class Learning:
     Args:
         steps: steps of Adam at most.
         learning_rate: its step size, in units of a coefficient.
+        schedule: the step size stays, or falls in a line to zero over all steps ("linear"), so that the noise of small
+            minibatches averages out.
         batch_size: rows of a task in a minibatch.
         order: a step sees a minibatch of every task ("mixed"), or of one task in turn ("turn").
         bounds: keep coefficients between these two; None: any are allowed.
@@ -38,6 +41,7 @@ class Learning:
 
     steps: int = 300
     learning_rate: float = 1e-2
+    schedule: Schedule = "linear"
     batch_size: int = 16
     order: Order = "mixed"
     bounds: tuple[float, float] | None = None
@@ -45,6 +49,11 @@ class Learning:
     every: int = 20
     patience: int = 5
     task_weights: tuple[float, ...] | None = None
+
+    def rate(self, step: int) -> float:
+        """The step size of a step, counted from 1."""
+        left = 1 - (step - 1) / self.steps if self.schedule == "linear" else 1
+        return self.learning_rate * left
 
 
 @dataclass(frozen=True)
@@ -140,18 +149,18 @@ def learn(
         for number in seen:
             _backward(parameters, tasks[number], objective, number, next(streams[number]), factors[number])
         coefficients.grad = _finite(parameters.take_gradient(), step)
+        adam.param_groups[0]["lr"] = settings.rate(step)
         adam.step()
         parameters.put(_within(coefficients, settings.bounds))
         if step % settings.every == 0 or step == settings.steps:
             watch.look(step, coefficients)
             if settings.held_out and watch.since_best >= settings.patience:
                 break
-    best = step
     if settings.held_out:
         parameters.put(watch.best)
-        best = watch.best_step
-    names = tuple(source.name for source in parameters.sources)
-    return Learned(names, parameters.groups.names, parameters.coefficients, tuple(watch.history), best, step)
+    best = watch.best_step if settings.held_out else step
+    names, groups = tuple(source.name for source in parameters.sources), parameters.groups.names
+    return Learned(names, groups, parameters.coefficients, tuple(watch.history), best, step)
 
 
 def _finite(gradient: Tensor, step: int) -> Tensor:
@@ -188,45 +197,6 @@ class _Watch:
 
 def _within(coefficients: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     return coefficients if bounds is None else coefficients.clamp_(*bounds)
-
-
-def split(rows: TaskRows, held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """The numbers of the rows to learn from and of those held out (where none are: of all).
-
-    Args:
-        rows: a task's.
-        held_out: fraction to hold out; at least one row where it is above zero.
-        seed: of the choice.
-
-    Raises:
-        InputError: when no row is left to learn from.
-    """
-    order = torch.randperm(len(rows), generator=random_stream(seed, "held out", rows.task)).tolist()
-    count = max(round(held_out * len(rows)), 1) if held_out else 0
-    if len(rows) <= count:
-        raise InputError(
-            f"task '{rows.task}' has {len(rows)} rows, of which {count} would be held out; give more rows, or hold out "
-            "less"
-        )
-    return order[count:], order[:count] or order
-
-
-def minibatches(rows: Sequence[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Minibatches without end: all rows in a new order each time, none left over twice as often as another.
-
-    Args:
-        rows: their numbers.
-        size: of a minibatch; all rows where there are fewer.
-        generator: of the order.
-    """
-    size = min(size, len(rows))
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            order = torch.randperm(len(rows), generator=generator).tolist()
-            waiting += [rows[position] for position in order]
-        yield waiting[:size]
-        waiting = waiting[size:]
 
 
 def _backward(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_fda.merge_methods.config import option
-from hf_fda.merge_methods.learned import Granularity, LearnedConfig
+from hf_fda.merge_methods.learned import LearnedConfig, Schedule
 from hf_fda.merge_methods.registry import register_config
 
 
@@ -18,9 +18,10 @@ class AdaMergingConfig(LearnedConfig):
     summary: ClassVar[str] = "coefficients of the task vectors by which the outputs are least uncertain"
     paper: ClassVar[str] = "AdaMerging, arXiv 2310.02575"
 
-    granularity: Granularity = option(
-        "tensor", "which tensors share a coefficient: all of them, those of a block, or none"
-    )
+    # Large steps end where every answer is certain and wrong; these go as far as 500 of 1e-3, as published
+    scaling: float = option(0.3, "the coefficients to start from")
+    learning_rate: float = option(2.5e-3, "Adam's step size", minimum=0)
+    schedule: Schedule = option("constant", "the step size stays, or falls to zero over all steps")
 
 
 register_config(AdaMergingConfig)

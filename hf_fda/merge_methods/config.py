@@ -64,6 +64,8 @@ class MethodConfig:
     base only the shape counts. Thin task vectors are merged in the bases of what they span."""
     data: ClassVar[LooksAt] = "never"
     """Whether the method looks at rows of data of every task."""
+    takes_anchors: ClassVar[bool] = False
+    """Whether anchors can take the place of these rows."""
     min_sources: ClassVar[int] = 1
     """How many sources there must be at least."""
     max_sources: ClassVar[int | None] = None

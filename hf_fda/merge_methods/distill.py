@@ -33,18 +33,18 @@ class DistillConfig(UnitwiseConfig):
     summary: ClassVar[str] = "block after block, match what every source's block does on the source's rows"
     paper: ClassVar[str] = "ProDistill, arXiv 2502.12706"
     scope: ClassVar[Scope] = "tensor"
-    start: ClassVar[str] = "task_arithmetic"
+    start: ClassVar[str] = "isotropic"
     parametrization: ClassVar[str] = "coefficients"
 
     initial: str | MethodConfig | None = option(
         None,
         "where distillation starts: base, or a parameter-space method, whose own options (scaling) may be given with "
-        "these; none: task_arithmetic",
+        "these; none: isotropic with scaling 3, or task_arithmetic with 0.3 where all sources are adapters",
     )
     rest: str | MethodConfig | None = option(
         None, "what lies outside the blocks: base, or a parameter-space method; none: task_arithmetic"
     )
-    epochs: int = option(20, "passes over all rows, for each block", minimum=0)
+    epochs: int = option(10, "passes over all rows, for each block", minimum=0)
     learning_rate: float = option(3e-2, "Adam's step size, in units of a coefficient", minimum=0)
     schedule: Schedule = option("linear", "the step size stays, or falls to zero over all steps of a block")
     batch_size: int = option(32, "rows a step, drawn from all tasks mixed", minimum=1)
@@ -56,16 +56,18 @@ class DistillConfig(UnitwiseConfig):
         0.5, "how much more the main directions of a source's shift count; 0: all alike", minimum=0
     )
 
-    def completed(self, names: Sequence[str], family: Family) -> DistillConfig:
+    def completed(self, names: Sequence[str], family: Family, all_thin: bool) -> DistillConfig:
         """The config with every open option filled in.
 
         Args:
             names: of the sources.
             family: "vision", "encoder" (text) or "decoder".
+            all_thin: whether all are adapters; a flat spectrum overdoes their few directions.
         """
         roles: dict[str, Any] = {}
-        for role in ("initial", "rest"):
-            value = getattr(self, role) or method_class(self.start)()
+        start = ("task_arithmetic", {"scaling": 0.3}) if all_thin else ("isotropic", {"scaling": 3.0})
+        for role, method, options in (("initial", *start), ("rest", "task_arithmetic", {})):
+            value = getattr(self, role) or method_class(method).from_options(options)
             roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
         unit, distance = self.unit or ("block",), self.distance or DISTANCES[family]
         return dataclasses.replace(self, unit=unit, distance=distance, **roles)

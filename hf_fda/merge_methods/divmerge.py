@@ -20,6 +20,7 @@ class DivMergeConfig(LearnedConfig):
     name: ClassVar[str] = "divmerge"
     summary: ClassVar[str] = "coefficients of the task vectors by which the outputs diverge least from each source's"
     paper: ClassVar[str] = "DivMerge, arXiv 2509.02108"
+    takes_anchors: ClassVar[bool] = True
 
     divergence: Measure = option("jensen-shannon", "of the merged model's outputs from the source's on its own rows")
     top_k: int | None = option(None, "outputs that are kept of a position, all others being one; none: all", minimum=1)

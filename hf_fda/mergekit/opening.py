@@ -124,6 +124,8 @@ def _stack(inputs: Sequence[Input], models: Models) -> Checkpoint:
     for own in inputs:
         assert own.layers is not None
         checkpoint = models.open(own.reference)
+        if isinstance(checkpoint, AdapterCheckpoint):
+            checkpoint = Whole(checkpoint)
         blocks = find_blocks(checkpoint.layout.model)
         towers = {block.rpartition(".")[0] for block in blocks}
         if len(towers) != 1:

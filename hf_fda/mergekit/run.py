@@ -14,6 +14,7 @@ from typing import Any
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.data.opening import OpenedData
+from hf_fda.data.request import ANCHORS
 from hf_fda.engine import run
 from hf_fda.errors import InputError, nearest
 from hf_fda.inputs import open_inputs
@@ -201,14 +202,14 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     varying = parameters.varying
     if varying and parameters.general.data != "never":
         raise InputError(f"method '{parameters.general.name}': {varying[0]} must be the same for all tensors")
-    rows = {} if data is None else open_rows(data, inputs, parameters.general, checked.seed, trust)
+    rows = ANCHORS if data == ANCHORS else open_rows(data, inputs, parameters.general, checked.seed, trust)
     at = parameters.at(inputs) if varying else None
     described = Described(_record(document, models.pinned(), checked, rows), at, varying)
     return make_plan(inputs, parameters.general, checked, described, rows)
 
 
 def _record(
-    document: Document, pinned: Mapping[str, str], settings: Settings, rows: Mapping[str, OpenedData]
+    document: Document, pinned: Mapping[str, str], settings: Settings, rows: Mapping[str, OpenedData] | str
 ) -> dict[str, Any]:
     """The document as plain values, with what it leaves open: commits, the type, and our own settings."""
 
@@ -223,7 +224,9 @@ def _record(
     own: dict[str, Any] = {"seed": settings.seed, "heads": settings.heads, "max_shard_bytes": settings.max_shard_bytes}
     if budget is not None:
         own |= {"as_adapter": True, "rank": budget.rank, "energy": budget.energy}
-    if rows:
+    if isinstance(rows, str):
+        own["data"] = rows
+    elif rows:
         own["data"] = {task: dict(opened.record) for task, opened in rows.items()}
     written = {} if settings.dtype == "auto" else {"out_dtype": settings.dtype}
     return {**fixed(document.plain), **written, "hf_fda": own}

@@ -47,11 +47,15 @@ class Whole(View):
 
     Args:
         origin: the adapter.
+
+    Raises:
+        InputError: when it does not change alike what the model ties.
     """
 
     def __init__(self, origin: AdapterCheckpoint) -> None:
         super().__init__(origin)
         self.id = f"{origin.base.id}+{origin.id}"
+        origin.check_ties(origin.apart, self.id, "put it on a model that does not tie them")
         self._origins = (*origin.base.origins, origin)
 
     @property

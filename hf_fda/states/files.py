@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
@@ -32,7 +33,7 @@ class _Shelf:
         key = own.data_ptr(), own.shape, own.dtype
         if key not in self._names:
             self._names[key] = f"argument.{len(self._names)}"
-            self.tensors[self._names[key]] = own.contiguous()
+            self.tensors[self._names[key]] = own.clone(memory_format=torch.contiguous_format)
         return self._names[key]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import Shard, save_tensors
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
 from hf_fda.running import Run
 from hf_fda.selection import COARSE_BINS, FINE_BINS, Cut, cut_at
 from hf_fda.stages import Piece

@@ -1,13 +1,13 @@
 """Merging one tensor of a model by a parameter-space method, in parts that need little memory wherever it goes.
 
-A mean of models is summed from their entries. What depends on single entries is merged block by block. Of what is
-trimmed first the parts are held as they were read until it is known which entries stay. All else is merged whole.
+A mean of models is summed from their entries. What depends on single entries is merged block by block. What follows
+from inner products is read twice. Of what is trimmed first the parts are held as they were read until it is known which
+entries stay. All else is merged whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import fsum, isfinite, prod
 from typing import TypeVar
@@ -18,19 +18,15 @@ from torch import Tensor
 from hf_fda.errors import RunError
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.spanning import products_of
-from hf_fda.selection import Cut, keep, shares, tied
+from hf_fda.selection import Cut, keep
+from hf_fda.streaming.means import HALF_TYPES, Factors, mean_of_models
 from hf_fda.streaming.taskvectors import StoredPart, TaskVectors
-from hf_fda.streaming.tensorwise import BLOCK, PART, apply_method, by_entry, parts_of
-from hf_fda.streaming.trimming import check_counts, count_coarse, cuts_of_parts, kept_of, trims
-from hf_fda.streaming.workers import Workers
+from hf_fda.streaming.tensorwise import BLOCK, PART, apply_method, parts_in, parts_of
+from hf_fda.streaming.trimming import alone, check_counts, count_coarse, cuts_of_parts, dealt, kept_of, trims
+from hf_fda.streaming.workers import Workers, threads
 
 S = TypeVar("S")
 T = TypeVar("T")
-
-Factors = list[tuple[int, float]]
-"""Sources, by their number, with what each is multiplied by."""
-
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 MARGIN = 2**10
 """How much larger than its result a float32 sum may grow on the way for rounding to a half type to hide its errors."""
@@ -53,6 +49,28 @@ class TensorMerger:
         self.device = vectors.device
         self._exact = torch.float32 if self.device.type == "mps" else torch.float64
 
+    def by_parts(self, name: str, config: MethodConfig, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        """What merges any part of one of the base's tensors, of one that may be merged so (`Footprint.by_parts`).
+
+        Args:
+            name: the base's name of it.
+            config: the method.
+            dtype: of the result.
+
+        Returns:
+            from a part of the flattened entries to theta_0 plus the merged task tensor there, on the CPU. It raises as
+            `merged` does.
+        """
+        factors = mean_of_models(self.vectors, name, config, dtype)
+        if factors is None and config.spans:
+            # Begun here, where tensors come in order, so that it never waits behind the parts that wait for it
+            found = self.workers.begin(self._factors, name, config, slice(0, prod(self.vectors.base.shape(name))))
+            return lambda part: self.workers.compute(self._add_up, name, found.result(), dtype, part)
+        if factors is not None:
+            return lambda part: self.workers.compute(self._combine, name, factors, dtype, part)
+        cuts = self.vectors.cuts if trims(config) else ()
+        return lambda part: self.workers.compute(self._merge_part, name, config, dtype, part, cuts)
+
     def merged(self, name: str, config: MethodConfig, dtype: torch.dtype) -> Tensor:
         """One of the base's tensors merged by a parameter-space method.
 
@@ -72,22 +90,32 @@ class TensorMerger:
             return base.read(name)
         shape, role = base.shape(name), base.layout.roles[name]
         factors = mean_of_models(self.vectors, name, config, dtype)
-        if factors is None and not (config.trims or config.spans or by_entry(config, role)):
+        if factors is None and not (trims(config) or config.spans or alone(config, role)):
             return self._whole(name, config).to(dtype)
         out = torch.empty(prod(shape), dtype=dtype)
         count = len(out) // shape[0] if role == "stack" else len(out)  # each weight of a stack is merged alone
         if factors is not None:
-            self._over(name, parts_of(len(out)), lambda part: self._combine(name, factors, part, out))
+            self._fill(out, name, slice(0, len(out)), partial(self._combine, name, factors, dtype))
         elif config.spans:
             for region in parts_of(len(out), count):
-                self._span(name, config, region, out)
+                found = self._factors(name, config, region)
+                self._fill(out, name, region, partial(self._add_up, name, found, dtype))
         elif trims(config) and not self.vectors.cuts:
             for region in parts_of(len(out), count):
                 self._trim_and_merge(name, config, region, out)
         else:
             cuts = self.vectors.cuts if trims(config) else ()
-            self._over(name, parts_of(len(out)), lambda part: self._merge_part(name, config, part, out, cuts))
+            merge = partial(self._merge_part, name, config, dtype, cuts=cuts)
+            self._fill(out, name, slice(0, len(out)), merge)
         return out.view(shape)
+
+    def _fill(self, out: Tensor, name: str, region: slice, merge: Callable[[slice], Tensor]) -> None:
+        """Put the merged parts of a region into the whole merged tensor, which is flat."""
+
+        def put(part: slice) -> None:
+            out[part] = merge(part)
+
+        self._over(name, parts_in(region), put)
 
     def _over(self, name: str, parts: Sequence[S], function: Callable[[S], T]) -> list[T]:
         """`function` of every part, side by side; one after the other where that reads the whole tensor."""
@@ -95,20 +123,22 @@ class TensorMerger:
 
     # -- means of models -------------------------------------------------------------------------------------------
 
-    def _combine(self, name: str, factors: Factors, part: slice, out: Tensor) -> None:
-        """Sum part of the models, each times its factor, into `out`."""
+    def _combine(self, name: str, factors: Factors, dtype: torch.dtype, part: slice) -> Tensor:
+        """Part of the sum of the models, each times its factor."""
+        out = torch.empty(part.stop - part.start, dtype=dtype)
         models = [self.sources[number].read(name, part) for number, _ in factors]
         for (number, _), model in zip(factors, models, strict=True):
             self.vectors.note_move(self.sources[number].name, partial(self._differs, name, part, model))
         growth = (len(factors) + 1) * fsum(abs(factor) for _, factor in factors)
         narrow = all(model.dtype in HALF_TYPES for model in (*models, out)) and growth <= MARGIN
         work = torch.float32 if narrow else self._exact
-        for block in parts_of(part.stop - part.start, BLOCK):
+        for block in parts_of(len(out), BLOCK):
             total = models[0][block].to(self.device, work, copy=True).mul_(factors[0][1])
             for model, (_, factor) in zip(models[1:], factors[1:], strict=True):
                 total.add_(model[block].to(self.device, work), alpha=factor)  # twice as fast as adding mixed types
-            out[part][block] = total
-        check_finite(name, out[part])
+            out[block] = total
+        check_finite(name, out)
+        return out
 
     def _differs(self, name: str, part: slice, own: Tensor) -> bool:
         return bool((own != self.vectors.base.read(name, part)).any())
@@ -119,25 +149,26 @@ class TensorMerger:
         self,
         name: str,
         config: MethodConfig,
+        dtype: torch.dtype,
         part: slice,
-        out: Tensor,
         cuts: Sequence[Cut] = (),
         stored: StoredPart | None = None,
-    ) -> None:
-        """Merge part of a tensor entry by entry into `out`.
+    ) -> Tensor:
+        """Part of a tensor merged entry by entry.
 
         Args:
             name: the base's name of it.
             config: the method.
+            dtype: of the result.
             part: of its flattened entries.
-            out: the whole merged tensor, flat.
             cuts: which entries of each source stay; none: the config trims nothing.
             stored: the part as it was read, if it was.
         """
+        out = torch.empty(part.stop - part.start, dtype=dtype)
         stored = stored or self.vectors.stored(name, part)
         config = config.untrimmed() if cuts else config
         generator = self.vectors.generator(name, part.start // PART) if config.random else None
-        work = self._type_by_entry(config, stored.base.dtype, out.dtype) if not cuts else torch.float32
+        work = self._type_by_entry(config, stored.base.dtype, dtype) if not cuts else torch.float32
         for block in stored.blocks():
             base, tasks = stored.read(block, self.device, work)
             for source, task in zip(self.sources, tasks, strict=True):
@@ -146,8 +177,9 @@ class TensorMerger:
                 own, cuts = dealt(cuts, tasks)
                 tasks = [keep(task, cut) for task, cut in zip(tasks, own, strict=True)]
             own_config = config.at(slice(part.start + block.start, part.start + block.stop))
-            out[part][block] = base.add_(own_config.merge(base, tasks, generator))
-        check_finite(name, out[part])
+            out[block] = base.add_(own_config.merge(base, tasks, generator))
+        check_finite(name, out)
+        return out
 
     def _type_by_entry(self, config: MethodConfig, stored: torch.dtype, written: torch.dtype) -> torch.dtype:
         """The type to compute in: float64 where a single source has to come out bit for bit, or more would be lost.
@@ -160,36 +192,38 @@ class TensorMerger:
 
     # -- at factors that follow from inner products ----------------------------------------------------------------
 
-    def _span(self, name: str, config: MethodConfig, region: slice, out: Tensor) -> None:
-        """Merge a region of a tensor as a combination of base and task tensors."""
-        parts = [slice(region.start + own.start, region.start + own.stop) for own in parts_of(len(out[region]))]
-        read = self._over(name, parts, lambda part: self._read_and_multiply(name, part))
-        products = torch.stack([own for _, own in read]).sum(0)
+    def _factors(self, name: str, config: MethodConfig, region: slice) -> list[float]:
+        """The factors of theta_0 and the task tensors in a region of a merged tensor, by a first look at all of it: to
+        read it again is cheaper than to hold it."""
+        products = torch.stack(self._over(name, parts_in(region), partial(self._products, name))).sum(0)
         for source, length in zip(self.sources, products.diagonal()[1:].tolist(), strict=True):
             if not isfinite(length):
                 raise RunError(f"source '{source.name}': tensor '{name}' is not finite; check its weights")
             self.vectors.note_move(source.name, partial(bool, length))
-        factors = config.combination(products).tolist()
-        add = partial(self._add_up, name, factors, out)
-        list(self.workers.each(lambda number: add(parts[number], read[number][0]), range(len(parts))))
+        found: list[float] = config.combination(products).tolist()
+        return found
 
-    def _read_and_multiply(self, name: str, part: slice) -> tuple[StoredPart, Tensor]:
+    def _products(self, name: str, part: slice) -> Tensor:
+        """(K + 1, K + 1) inner products of theta_0 and the task tensors in part of a tensor."""
         stored = self.vectors.stored(name, part)
         products = torch.zeros(len(self.sources) + 1, len(self.sources) + 1, dtype=torch.float64)
         for block in stored.blocks():
             base, tasks = stored.read(block, self.device, self._type_for(stored, torch.bfloat16))
             products += products_of([base, *tasks])
-        return stored, products
+        return products
 
-    def _add_up(self, name: str, factors: Sequence[float], out: Tensor, part: slice, stored: StoredPart) -> None:
-        """``theta_0 + c_0 theta_0 + sum_i c_i tau_i`` of part of a tensor, into `out`."""
+    def _add_up(self, name: str, factors: Sequence[float], dtype: torch.dtype, part: slice) -> Tensor:
+        """``theta_0 + c_0 theta_0 + sum_i c_i tau_i`` of part of a tensor."""
+        out = torch.empty(part.stop - part.start, dtype=dtype)
+        stored = self.vectors.stored(name, part)
         for block in stored.blocks():
-            base, tasks = stored.read(block, self.device, self._type_for(stored, out.dtype))
+            base, tasks = stored.read(block, self.device, self._type_for(stored, dtype))
             base.mul_(1 + factors[0])
             for task, factor in zip(tasks, factors[1:], strict=True):
                 base.add_(task, alpha=factor)
-            out[part][block] = base
-        check_finite(name, out[part])
+            out[block] = base
+        check_finite(name, out)
+        return out
 
     def _type_for(self, stored: StoredPart, written: torch.dtype) -> torch.dtype:
         """A wider type than those of what is read and written."""
@@ -199,14 +233,18 @@ class TensorMerger:
 
     def _trim_and_merge(self, name: str, config: MethodConfig, region: slice, out: Tensor) -> None:
         """Merge a region of a tensor of which each source keeps its largest entries."""
-        parts = [slice(region.start + own.start, region.start + own.stop) for own in parts_of(len(out[region]))]
+        parts = parts_in(region)
         read = self._over(name, parts, lambda part: self._read_and_count(name, part))
         held, counts = [stored for stored, _ in read], torch.stack([counted for _, counted in read]).sum(0)
         check_counts(counts, [source.name for source in self.sources], f"tensor '{name}'")
         kept = kept_of(config, [len(out[region])] * len(self.sources))
         cuts = cuts_of_parts(held, counts, kept, self.device, lambda do, items: list(self.workers.each(do, items)))
-        merge = partial(self._merge_part, name, config)
-        list(self.workers.each(lambda number: merge(parts[number], out, cuts[number], held[number]), range(len(parts))))
+
+        def put(number: int) -> None:
+            part = parts[number]
+            out[part] = self._merge_part(name, config, out.dtype, part, cuts[number], held[number])
+
+        list(self.workers.each(put, range(len(parts))))
 
     def _read_and_count(self, name: str, part: slice) -> tuple[StoredPart, Tensor]:
         stored = self.vectors.stored(name, part)
@@ -231,39 +269,6 @@ class TensorMerger:
         return merged
 
 
-def mean_of_models(vectors: TaskVectors, name: str, config: MethodConfig, dtype: torch.dtype) -> Factors | None:
-    """``theta_0 + sum_i c_i (theta_i - theta_0)`` as ``sum_i c_i theta_i``, without the base, where the c_i sum to one.
-
-    A model of factor 1 comes out as it is. Where all types are narrower than the one that is computed in, so do equal
-    models. None where it would not be as exact as task vectors, or the method is no such mean.
-
-    Args:
-        vectors: reads base and sources.
-        name: the base's name of a tensor.
-        config: the method.
-        dtype: of the result.
-    """
-    sources = vectors.inputs.weighted
-    factors = config.coefficients(len(sources))
-    if factors is None or abs(1 - fsum(factors)) > 2**-48:
-        return None
-    if not all(name in source.tensor_of and source.checkpoint.stored for source in sources):
-        return None
-    types = [dtype, *(source.dtype(name) for source in sources)]
-    precise = torch.float64 not in types and (vectors.device.type != "mps" or all(own in HALF_TYPES for own in types))
-    return [(number, factor) for number, factor in enumerate(factors) if factor] if precise else None
-
-
-def dealt(cuts: Sequence[Cut], tasks: Sequence[Tensor]) -> tuple[list[Cut], list[Cut]]:
-    """The cuts of the first block of a part, and those of what follows it: entries that tie stay in order."""
-    here, later = [], []
-    for cut, task in zip(cuts, tasks, strict=True):
-        own = cut if cut.ties is None else shares(cut, [tied(task, cut)])[0]
-        here.append(own)
-        later.append(cut if cut.ties is None else Cut(cut.bits, cut.ties - (own.ties or 0)))
-    return here, later
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Whether all entries are; looked at one by one only where their sum is not."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
@@ -277,14 +282,3 @@ def check_finite(name: str, merged: Tensor) -> None:
     """
     if not is_finite(merged):
         raise RunError(f"tensor '{name}': the merged values are not finite; check the inputs for infinities or NaN")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Torch's threads of the calling thread, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -109,8 +109,7 @@ class TaskVectors:
 
     def in_parts(self, name: str) -> bool:
         """Whether base and sources are read in parts, by several threads at once."""
-        sources = (source for source in self.inputs.weighted if name in source.tensor_of)
-        return self.base.in_parts(name) and all(source.in_parts(name) for source in sources)
+        return read_in_parts(self.inputs, name)
 
     def merged_factors(self, name: str, config: MethodConfig) -> LowRank | None:
         """The merged task vector of a tensor as thin factors, on the CPU, where it comes out as such without being
@@ -153,6 +152,12 @@ class TaskVectors:
     def note_move(self, source: str, moved: Callable[[], bool | Tensor]) -> None:
         """Remember whether a source was seen to differ from the base; asks no more once it was."""
         self.moved[source] = self.moved.get(source, False) or bool(moved())
+
+
+def read_in_parts(inputs: Inputs, name: str) -> bool:
+    """Whether one of the base's tensors is read in parts in base and sources, by several threads at once."""
+    sources = (source for source in inputs.weighted if name in source.tensor_of)
+    return inputs.base.in_parts(name) and all(source.in_parts(name) for source in sources)
 
 
 def warn_of_equals(moved: Sequence[Mapping[str, bool]]) -> None:

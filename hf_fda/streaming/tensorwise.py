@@ -14,7 +14,7 @@ from hf_fda.merge_methods import MethodConfig
 PART = 2**21
 """Entries of a large tensor that are read at a time."""
 
-BLOCK = 2**18
+BLOCK = 2**17
 """Entries that are computed at a time: few enough to stay in a core's cache, and enough that threads seldom wait for
 each other. Random numbers are drawn block by block, so that another number means others."""
 
@@ -26,6 +26,15 @@ def parts_of(count: int, size: int = PART) -> list[slice]:
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def parts_in(region: slice) -> list[slice]:
+    """A region of a tensor's entries in parts.
+
+    >>> parts_in(slice(3, 5))
+    [slice(3, 5, None)]
+    """
+    return [slice(region.start + own.start, region.start + own.stop) for own in parts_of(region.stop - region.start)]
 
 
 def by_entry(config: MethodConfig, role: Role) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fda.checkpoint.layout import Role
 from hf_fda.errors import InputError, RunError
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.selection import (
@@ -26,6 +27,7 @@ from hf_fda.selection import (
     tied,
 )
 from hf_fda.streaming.taskvectors import StoredPart
+from hf_fda.streaming.tensorwise import by_entry
 
 NOTHING = Cut(FINITE << HALF)
 """The cut that no finite entry is above."""
@@ -34,6 +36,12 @@ NOTHING = Cut(FINITE << HALF)
 def trims(config: MethodConfig) -> bool:
     """Whether a method leaves entries of the task vectors out before it merges them, and these alone decide how."""
     return config.trims and not config.keeps_entries() and not getattr(config, "rescale", False)
+
+
+def alone(config: MethodConfig, role: Role) -> bool:
+    """Whether each entry of a tensor is merged on its own: by elementwise methods, and by those that trim where they
+    leave nothing out."""
+    return by_entry(config, role) or (config.trims and config.keeps_entries())
 
 
 def trims_globally(config: MethodConfig | None) -> bool:
@@ -151,3 +159,13 @@ def cuts_of_parts(
         for number, cut in enumerate(cuts)
     ]
     return [list(cuts_of_part) for cuts_of_part in zip(*by_source, strict=True)]
+
+
+def dealt(cuts: Sequence[Cut], tasks: Sequence[Tensor]) -> tuple[list[Cut], list[Cut]]:
+    """The cuts of the first block of a part, and those of what follows it: entries that tie stay in order."""
+    here, later = [], []
+    for cut, task in zip(cuts, tasks, strict=True):
+        own = cut if cut.ties is None else shares(cut, [tied(task, cut)])[0]
+        here.append(own)
+        later.append(cut if cut.ties is None else Cut(cut.bits, cut.ties - (own.ties or 0)))
+    return here, later

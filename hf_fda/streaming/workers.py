@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -42,6 +43,11 @@ class Workers:
     ) -> None:
         self._parts.shutdown(cancel_futures=kind is not None)
         self._items.shutdown(cancel_futures=kind is not None)
+
+    def begin(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        """One call in a thread that brings items on their way, behind those that are begun; it may use `compute` and
+        `each`."""
+        return self._items.submit(function, *arguments)
 
     def compute(self, function: Callable[..., T], *arguments: object) -> T:
         """One call in a thread that computes; the caller waits."""
@@ -107,3 +113,14 @@ def most_held(sizes: Sequence[int], budget: int, count: int) -> int:
         begun.append(need)
         most = max(most, sum(begun))
     return most
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch's threads of the calling thread, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -88,9 +88,9 @@ def load_tokenizer(location: Location, label: str, trust_remote_code: bool) -> P
         InputError: when transformers cannot load it.
     """
     where = str(location.folder or location.repo_id)
-    revision = location.commit if location.folder is None else None
+    remote = {"revision": location.commit, "subfolder": location.subfolder} if location.folder is None else {}
     try:
-        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **remote)
     except Exception as error:  # the library raises many kinds here, all of which mean the same to a user
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{label} ({location.id}): its tokenizer cannot be loaded ({lines[0]})") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_fda.blocks import Unit
 from hf_fda.lowrank import LowRank
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
 from hf_fda.running import Run
 from hf_fda.store import WORK
 from hf_fda.unit_files import read_adapted

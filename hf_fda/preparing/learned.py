@@ -2,92 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.coefficients import COEFFICIENTS, Coefficients, Seen
+from hf_fda.coefficients import Coefficients, Seen
 from hf_fda.data.rows import Kind
 from hf_fda.divergence.coefficients import MergedParameters
-from hf_fda.divergence.groups import group
-from hf_fda.divergence.learning import Learned, Learning, LearningTask, learn
+from hf_fda.divergence.learning import Learning, LearningTask, learn
 from hf_fda.divergence.objectives import Divergence, Entropy, Objective
 from hf_fda.divergence.outputs import open_outputs, record
 from hf_fda.divergence.task_models import source_model, task_model
-from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.divmerge import DivMergeConfig
 from hf_fda.merge_methods.learned import LearnedConfig
-from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
-from hf_fda.preparation import Preparation
-from hf_fda.running import Run
+from hf_fda.preparing.coefficients import CoefficientPreparation
+from hf_fda.preparing.targets import writing_pieces
 from hf_fda.stages import Piece
 from hf_fda.store import WORK, digest, key_of
 from hf_fda.version import versions
-from hf_fda.writing_targets import writing_pieces
 
 OUTPUTS = f"{WORK}/outputs"
 """Where the sources' answers lie until the coefficients are learnt."""
 
 
-class LearnedPreparation(Preparation):
+class LearnedPreparation(CoefficientPreparation):
     """Records the sources' answers on their rows where these are compared with, and learns the coefficients.
 
     Args:
-        run: of a plan by a method that learns coefficients.
+        run: of a plan by a method that learns coefficients on rows of data.
     """
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        assert isinstance(self.plan.config, LearnedConfig)
-        self.config = self.plan.config
-        self.sources = self.plan.inputs.weighted
 
     @property
     def count(self) -> int:
         """As `Preparation.count`."""
         return len(writing_pieces(self.run)) + len(self._recordings()) + 1
 
-    def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
-        """As `Preparation.stages`: every source's answers, then the coefficients."""
-        learning = Piece("learn coefficients", COEFFICIENTS, self._key, 1.0, self._learning)
-        before = [writing_pieces(self.run), self._recordings()]
-        if self.run.finished([learning])[0]:
-            for _ in range(sum(map(len, before))):
-                self.run.progress.finish("what an earlier run finished")
-        else:
-            yield from before
-        yield [learning]
+    def before(self) -> Iterator[Sequence[Piece]]:
+        """As `CoefficientPreparation.before`: what encoder-decoders write, and every source's answers."""
+        yield writing_pieces(self.run)
+        yield self._recordings()
 
-    def key(self, name: str) -> str | None:
-        """As `Preparation.key`: of all coefficients."""
-        return self._key
-
-    def settled(self, name: str, config: MethodConfig) -> MethodConfig:
-        """As `Preparation.settled`: the sum of the task vectors with the coefficients learnt for them."""
-        if not isinstance(config, LearnedConfig):
-            return config
-        return TaskArithmeticConfig(scaling=1.0, weights=self.coefficients.of_tensor(name))
-
-    @cached_property
-    def coefficients(self) -> Coefficients:
-        """What was learnt; all stages are done."""
-        return Coefficients.read(self.plan.output / COEFFICIENTS)
-
-    @cached_property
-    def _key(self) -> str:
-        facts = self.config.options(), self._merged, self.run.fingerprints, self.run.data_prints, self.plan.seed
-        return key_of("coefficients", *facts, versions())
-
-    @cached_property
-    def _merged(self) -> list[str]:
-        """The base's names of the tensors that have coefficients."""
-        known = self.plan.result.base_names
-        recipes = self.plan.result.recipes.items()
-        return [known[name] for name, recipe in recipes if isinstance(recipe.config, LearnedConfig)]
+    def facts(self) -> tuple[Any, ...]:
+        """As `CoefficientPreparation.facts`: the rows."""
+        return (self.run.data_prints,)
 
     # -- the sources' answers --------------------------------------------------------------------------------------
 
@@ -119,12 +80,13 @@ class LearnedPreparation(Preparation):
 
     # -- the coefficients ------------------------------------------------------------------------------------------
 
-    def _learning(self) -> Callable[[Path], str]:
+    def find(self) -> Coefficients:
+        """As `CoefficientPreparation.find`."""
         config = self.config
         parameters = MergedParameters(
             self.plan.inputs.base,
             self.sources,
-            self._merged,
+            self.merged,
             config.granularity,
             config.scaling,
             config.task_vectors,
@@ -139,31 +101,9 @@ class LearnedPreparation(Preparation):
             self.plan.seed,
             lambda step, value: self.run.progress.now(f"learn coefficients, step {step}", value),
         )
-        text = self._found(learned, parameters).text()
-
-        def write(path: Path) -> str:
-            path.write_text(text, encoding="utf-8")
-            return sha256(text.encode()).hexdigest()
-
-        return write
-
-    def _found(self, learned: Learned, parameters: MergedParameters) -> Coefficients:
-        layout, groups = self.plan.inputs.base.layout, parameters.groups
-        in_blocks = group(layout, list(groups.of), "block")
-        block_of = {groups.names[number]: in_blocks.names[in_blocks.of[name]] for name, number in groups.of.items()}
-        measured = (
-            f"{self.config.divergence} divergence, nats" if isinstance(self.config, DivMergeConfig) else "entropy, nats"
-        )
-        return Coefficients(
-            sources=learned.tasks,
-            groups=learned.groups,
-            values=tuple(tuple(row) for row in learned.coefficients.tolist()),
-            group_of=dict(groups.of),
-            block_of=block_of if self.config.granularity != "task" else dict.fromkeys(groups.names, "all"),
-            objective=measured,
-            history=tuple(Seen(look.step, look.objective) for look in learned.history),
-            best_step=learned.best,
-        )
+        measured = "entropy" if not isinstance(config, DivMergeConfig) else f"{config.divergence} divergence"
+        history = [Seen(look.step, look.objective) for look in learned.history]
+        return self.named(learned.coefficients, parameters.groups, f"{measured}, nats", history, learned.best)
 
     def _how(self) -> Learning:
         config = self.config
@@ -172,14 +112,16 @@ class LearnedPreparation(Preparation):
             infinite = float("inf")
             low = -infinite if config.lower is None else config.lower
             bounds = (low, infinite if config.upper is None else config.upper)
+        rounds = len(self.sources) if config.order == "turn" else 1
         return Learning(
-            steps=config.steps,
+            steps=config.steps * rounds,
             learning_rate=config.learning_rate,
+            schedule=config.schedule,
             batch_size=config.batch_size,
             order=config.order,
             bounds=bounds,
             held_out=config.held_out,
-            every=config.every,
+            every=config.every * rounds,
             patience=config.patience,
             task_weights=config.source_weights(),
         )

@@ -14,15 +14,15 @@ from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.fisher import FisherConfig, SettledFisher
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
+from hf_fda.preparing.regmean import STATISTICS
+from hf_fda.preparing.targets import writing_pieces
 from hf_fda.randomness import random_stream
-from hf_fda.regmean_preparation import STATISTICS
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.statistics.fishers import SQUARES, diagonal_fisher
 from hf_fda.store import key_of
 from hf_fda.version import versions
-from hf_fda.writing_targets import writing_pieces
 
 
 class FisherPreparation(Preparation):

@@ -24,8 +24,9 @@ from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.regmean import FoundRegMean, RegMeanConfig, RegMeanPlusConfig, SettledRegMean
-from hf_fda.preparation import Preparation
-from hf_fda.regmean_preparation import STATISTICS, configs_of, merged_layers
+from hf_fda.preparing.interface import Preparation
+from hf_fda.preparing.regmean import STATISTICS, configs_of, merged_layers
+from hf_fda.preparing.targets import writing_pieces
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.statistics.following import following_grams
@@ -37,7 +38,6 @@ from hf_fda.streaming.merging_tensors import TensorMerger
 from hf_fda.streaming.tensorwise import apply_method
 from hf_fda.streaming.workers import Workers
 from hf_fda.version import versions
-from hf_fda.writing_targets import writing_pieces
 
 
 @dataclass(frozen=True)

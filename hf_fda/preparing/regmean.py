@@ -12,7 +12,8 @@ from hf_fda.costs import active_entries
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.regmean import RegMeanConfig, SettledRegMean
 from hf_fda.plans import Plan
-from hf_fda.preparation import Preparation
+from hf_fda.preparing.interface import Preparation
+from hf_fda.preparing.targets import writing_pieces
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.statistics.grams import GramFiles, gram_of
@@ -20,7 +21,6 @@ from hf_fda.statistics.layers import Group, gram_bytes, group_layers, layer_weig
 from hf_fda.statistics.passes import input_grams
 from hf_fda.store import WORK, key_of
 from hf_fda.version import versions
-from hf_fda.writing_targets import writing_pieces
 
 STATISTICS = f"{WORK}/statistics"
 """Where what was found out on rows lies until the weights are written."""

@@ -15,13 +15,13 @@ from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.distilling import Lesson, MergedWeights, distilled_unit
 from hf_fda.merge_methods.distill import DistillConfig
+from hf_fda.preparing.units import BLOCKS, UnitPreparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.states.pieces import Recordings, path_in
 from hf_fda.states.recording import StatesRecorder
 from hf_fda.states.unit_states import UnitStates
 from hf_fda.store import key_of
-from hf_fda.unit_preparation import BLOCKS, UnitPreparation
 from hf_fda.version import versions
 
 REST = f"{BLOCKS}/rest.safetensors"

@@ -1,0 +1,1 @@
+"""What methods find out before tensors are written, each method's in a file of its own."""

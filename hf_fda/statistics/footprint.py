@@ -95,7 +95,8 @@ def _fisher(
 
 
 def _running(inputs: Inputs, config: RowsConfig) -> int:
-    """Two blocks in float32, and what the largest computes of a batch: its layers' outputs and attention."""
+    """Two blocks in float32, and what the largest computes of a batch: attention, and four times its layers' outputs
+    (what comes out, is made of it, goes into the next layer, and is picked of that), as measured on an encoder."""
     base, text = inputs.base, inputs.base.layout.config.get_text_config()
     blocks = find_blocks(base.layout.model) or ("",)
     inside = [[name for name in base.names if name.startswith(f"{block}." if block else "")] for block in blocks]
@@ -103,7 +104,7 @@ def _running(inputs: Inputs, config: RowsConfig) -> int:
     length = longest_row(inputs, config)
     attention = 3 * int(getattr(text, "num_attention_heads", 0) or 0) * length
     tokens = max(TOKENS, length)
-    return 2 * weights + 4 * tokens * (max(outputs(base, names) for names in inside) + attention)
+    return AROUND + 2 * weights + 4 * tokens * (4 * max(outputs(base, names) for names in inside) + attention)
 
 
 def _count(rows: OpenedData, config: RowsConfig) -> int:

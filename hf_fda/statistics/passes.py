@@ -18,7 +18,7 @@ from hf_fda.statistics.layers import Group, path_in
 from hf_fda.statistics.positions import Positions
 from hf_fda.statistics.reading import HeldView, streamed_model
 
-TOKENS = 8192
+TOKENS = 4096
 """Tokens in a batch at most, if it has more than one row."""
 
 IMAGE_TOKENS = 256

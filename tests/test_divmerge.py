@@ -146,6 +146,9 @@ def test_it_is_written_down_and_made_again(files: Any, tmp_path: Path) -> None:
     assert recorded["data"]["two"]["path"] == data["two"]
     assert main(["merge", str(tmp_path / "a" / "merge_config.yaml"), "--output", str(tmp_path / "b"), "--quiet"]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    Path(data["two"]).write_text(json.dumps(rows_of()[0]) + "\n" + json.dumps(rows_of()[1]) + "\n", encoding="utf-8")
+    with pytest.raises(RunError, match="not the rows that its fingerprint"):
+        hf_fda.merge_config(tmp_path / "a" / "merge_config.yaml", tmp_path / "c", quiet=True)
 
 
 def test_the_command_line_makes_the_same(files: Any, tmp_path: Path, capsys: Any) -> None:

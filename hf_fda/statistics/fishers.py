@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_fda.checkpoint.alignment import AlignedSource
@@ -46,6 +46,9 @@ def diagonal_fisher(
     """
     model: Any = source_model(source, device)
     parameters = dict(model.named_parameters())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = True  # of a row's tokens alone: a vocabulary's other gradients are zero
     sums: dict[str, Tensor] = {}
     hooks: list[RemovableHandle] = []
     for name in names:
@@ -72,8 +75,13 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
     """Adds the square of a parameter's gradient to a sum, and lets go of the gradient."""
 
     def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        total.addcmul_(parameter.grad, parameter.grad)
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            there = gradient.coalesce()
+            total.index_add_(0, there.indices()[0], there.values().square())
+        else:
+            total.addcmul_(gradient, gradient)
         parameter.grad = None
 
     return add

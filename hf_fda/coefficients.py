@@ -82,12 +82,9 @@ class Coefficients:
 
     def by_block(self) -> dict[str, tuple[tuple[float, float, float], ...]]:
         """By block, for each source the mean, the least and the largest coefficient of its groups."""
-        blocks: dict[str, list[int]] = {}
-        for number, group in enumerate(self.groups):
-            blocks.setdefault(self.block_of[group], []).append(number)
         return {
             block: tuple(_spread([row[number] for number in numbers]) for row in self.values)
-            for block, numbers in blocks.items()
+            for block, numbers in _places(self).items()
         }
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -142,7 +139,7 @@ def draw(coefficients: Coefficients, path: Path) -> None:
     count, groups = len(coefficients.sources), len(coefficients.groups)
     limit = max(abs(value) for row in coefficients.values for value in row) or 1.0
     figure = Figure(
-        figsize=(max(4.0, min(14.0, 1.8 + 0.28 * groups)), 1.5 + 0.32 * count), layout="constrained", dpi=150
+        figsize=(max(4.0, min(14.0, 1.8 + 0.28 * groups)), 1.8 + 0.4 * count), layout="constrained", dpi=150
     )
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -150,17 +147,20 @@ def draw(coefficients: Coefficients, path: Path) -> None:
         coefficients.values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
     )
     axes.set_yticks(range(count), coefficients.sources)
-    starts, labels = _ticks(coefficients)
-    axes.set_xticks(starts, labels, rotation=90 if len(labels) > 4 else 0, fontsize=7)
+    places = _places(coefficients)
+    for numbers in list(places.values())[1:]:
+        axes.axvline(min(numbers) - 0.5, color="black", linewidth=0.8)
+    middles, labels = [sum(numbers) / len(numbers) for numbers in places.values()], list(places)
+    axes.set_xticks(middles, labels, rotation=90 if len(labels) > 1 else 0, fontsize=7)
     axes.set_xlabel("part of the model")
     axes.set_ylabel("source")
-    figure.colorbar(image, ax=axes, label="coefficient of the task vector")
+    figure.colorbar(image, ax=axes, label="coefficient")
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _ticks(coefficients: Coefficients) -> tuple[list[float], list[str]]:
-    """Where the blocks' names go: in the middle of their groups."""
+def _places(coefficients: Coefficients) -> dict[str, list[int]]:
+    """The numbers of the groups in each block."""
     places: dict[str, list[int]] = {}
     for number, group in enumerate(coefficients.groups):
         places.setdefault(coefficients.block_of[group], []).append(number)
-    return [sum(numbers) / len(numbers) for numbers in places.values()], list(places)
+    return places

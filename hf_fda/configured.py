@@ -89,4 +89,5 @@ def _text(config: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, str]
 def _arguments(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of our own as arguments of `merge` and `plan`."""
     given = dict(config) if isinstance(config, Mapping) else read_config(Path(config))
-    return {**given, **read_options(given.pop("options", None))}
+    options = read_options(given.pop("options", None))
+    return {**given, **options}

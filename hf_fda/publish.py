@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -36,10 +38,15 @@ PROCESSORS = (
 """Files beside weights and tokenizer that a merged model takes over from its base."""
 
 
-def publish(plan: Plan, store: Store) -> None:
+def publish(plan: Plan, store: Store, prints: Mapping[str, str]) -> None:
     """Move finished weight files into place and write everything around them; `config.json` comes last.
 
     Until it is there no library takes the folder for a model, so an interruption leaves nothing that looks finished.
+
+    Args:
+        plan: what was done.
+        store: the output folder.
+        prints: hashes of the rows of data, by task.
     """
     folder = plan.output
     weights = {sha_name: store.work / "staged" / sha_name for sha_name in (shard.file for shard in plan.shards)}
@@ -54,20 +61,21 @@ def publish(plan: Plan, store: Store) -> None:
     write_heads(plan, store)
     copy_processors(plan)
     config = _output_config(plan)
-    write_record(plan, store)
+    write_record(plan, store, prints)
     store.write_text("config.json", config)
     clean(store)
 
 
-def write_record(plan: Plan, store: Store, report: AdapterReport | None = None) -> None:
+def write_record(plan: Plan, store: Store, prints: Mapping[str, str], report: AdapterReport | None = None) -> None:
     """Write how the merge is made again, and the card.
 
     Args:
         plan: what was done.
         store: the output folder.
+        prints: hashes of the rows of data, by task.
         report: of a merged adapter, what its factors leave out.
     """
-    store.write_text("merge_config.yaml", merge_yaml(plan))
+    store.write_text("merge_config.yaml", merge_yaml(plan, prints))
     coefficients = _draw_coefficients(plan, store)
     store.write_text("README.md", model_card(plan.arguments, card_facts(plan), report, coefficients))
 
@@ -104,9 +112,19 @@ def write_heads(plan: Plan, store: Store) -> None:
             store.remove(str(Path("task_heads") / folder.name))
 
 
-def merge_yaml(plan: Plan) -> str:
-    """The text of `merge_config.yaml`: `hf-fda merge merge_config.yaml --output DIR` makes the same model again."""
-    return yaml.safe_dump(plan.arguments.get("mergekit", plan.arguments), sort_keys=False, allow_unicode=True)
+def merge_yaml(plan: Plan, prints: Mapping[str, str]) -> str:
+    """The text of `merge_config.yaml`: `hf-fda merge merge_config.yaml --output DIR` makes the same model again, or
+    says that a task's rows are others now.
+
+    Args:
+        plan: what was done.
+        prints: hashes of the rows of data, by task.
+    """
+    document = copy.deepcopy(plan.arguments.get("mergekit", plan.arguments))
+    recorded = document.get("hf_fda", document).get("data", {})
+    for task, found in prints.items():
+        recorded[task]["fingerprint"] = found
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
 def card_facts(plan: Plan) -> dict[str, object]:

@@ -12,7 +12,7 @@ from conftest import fine_tune, make_model
 from learning import CPU, Family, text_rows
 from torch import Tensor
 
-from hf_fda.divergence.learning import Learned, Learning, learn
+from hf_fda.divergence.learning import Learned, Learning, learn, task_factors
 from hf_fda.divergence.measures import Measure, Target, answer, at_scored, compare, divergence, entropy
 from hf_fda.divergence.objectives import Divergence, Entropy
 from hf_fda.divergence.outputs import open_outputs, record
@@ -352,3 +352,13 @@ def test_an_objective_that_is_not_finite_is_an_error() -> None:
     family = language_models()
     with pytest.raises(RunError, match=r"not finite|objective is"):
         learnt(family, learning_rate=1e20, every=1)
+
+
+def test_balanced_tasks_weigh_alike_at_the_start() -> None:
+    start = (0.02, 0.06, 0.1)
+    factors = task_factors(Learning(balance=True), start)
+    parts = [factor * own for factor, own in zip(factors, start, strict=True)]
+    assert parts == pytest.approx([sum(start) / 3] * 3)
+    assert task_factors(Learning(balance=True, task_weights=(1.0, 2.0, 0.0)), start)[1:] == (2 * factors[1], 0.0)
+    assert task_factors(Learning(balance=True), (0.0, 0.5)) == (1.0, 0.5)
+    assert task_factors(Learning(), start) == (1.0, 1.0, 1.0)

@@ -103,7 +103,8 @@ def test_the_divergence_falls_and_the_card_says_so(files: Any, tmp_path: Path) -
     output = tmp_path / "out"
     hf_fda.merge(base, sources, "divmerge", output, data=data, **{**SETTINGS, "steps": 60, "learning_rate": 0.03})
     found = learnt(output)
-    assert sum(found.after) < sum(found.before)
+    relative = [after / before for after, before in zip(found.after, found.before, strict=True)]
+    assert sum(relative) < len(relative)  # balanced
     assert found.best_step in [seen.step for seen in found.history]
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "two.jsonl" in card
@@ -146,6 +147,9 @@ def test_it_is_written_down_and_made_again(files: Any, tmp_path: Path) -> None:
     assert recorded["data"]["two"]["path"] == data["two"]
     assert main(["merge", str(tmp_path / "a" / "merge_config.yaml"), "--output", str(tmp_path / "b"), "--quiet"]) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    Path(data["two"]).write_text(json.dumps(rows_of()[0]) + "\n" + json.dumps(rows_of()[1]) + "\n", encoding="utf-8")
+    with pytest.raises(RunError, match="not the rows that its fingerprint"):
+        hf_fda.merge_config(tmp_path / "a" / "merge_config.yaml", tmp_path / "c", quiet=True)
 
 
 def test_the_command_line_makes_the_same(files: Any, tmp_path: Path, capsys: Any) -> None:

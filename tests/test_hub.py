@@ -34,7 +34,8 @@ import hf_fda
 from hf_fda.anchors import UnitAnchors
 from hf_fda.checkpoint import open_checkpoint
 from hf_fda.cli import main
-from hf_fda.data import Reading, open_data
+from hf_fda.data.opening import open_data
+from hf_fda.data.request import Reading
 from hf_fda.errors import HFFDAError, InputError
 from hf_fda.inputs import name_sources, open_inputs
 

@@ -18,6 +18,7 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.divergence.groups import group
 from hf_fda.divergence.task_tensors import Dense, Stored, TaskTensors, Thin
+from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods.learned import Granularity, TaskVectorForm
 
 
@@ -83,33 +84,39 @@ class MergedParameters:
             self._origins[name] = stored
 
     def _held_parts(self, name: str, origin: Tensor) -> list[_Part]:
-        thin, thin_members = [], []
-        dense, dense_members = [], []
+        thin: dict[int, LowRank] = {}
+        thick = []
         for number, source in enumerate(self.sources):
-            if not source.may_move(name):
-                continue
-            factors = source.factors(name)
+            factors = source.factors(name) if source.may_move(name) else None
             if factors is not None and factors.left.numel() + factors.right.numel() < origin.numel():
-                thin.append(factors.to(self.device, self.dtype))
-                thin_members.append(number)
-                continue
-            task = source.task(name, origin)
-            if bool(task.any()):
-                dense.append(self._compact(task))
-                dense_members.append(number)
-        parts = []
-        if thin:
-            parts.append(_Part(torch.tensor(thin_members, device=self.device), Thin(thin)))
-        if dense:
-            tasks: TaskTensors = Dense(torch.stack(dense)) if self.form != "disk" else self._stored(name, dense_members)
-            parts.append(_Part(torch.tensor(dense_members, device=self.device), tasks))
+                thin[number] = factors.to(self.device, self.dtype)
+            elif source.may_move(name):
+                thick.append(number)
+        parts = [_Part(torch.tensor(list(thin), device=self.device), Thin(list(thin.values())))] if thin else []
+        members, dense = self._dense(name, origin, thick)
+        if members:
+            tasks: TaskTensors = self._stored(name, members) if dense is None else Dense(dense)
+            parts.append(_Part(torch.tensor(members, device=self.device), tasks))
         return parts
 
-    def _compact(self, task: Tensor) -> Tensor:
-        """A task vector as it is kept; of one that is not, nothing."""
-        if self.form == "disk":
-            return task.new_empty(0)
-        return task.flatten().to(torch.bfloat16 if self.form == "bfloat16" else self.dtype)
+    def _dense(self, name: str, origin: Tensor, numbers: Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """Which of some sources move a tensor, and their task vectors, one a row; None of those that are not kept.
+
+        Each is written to its place at once: beside those that are kept there is never more than one.
+        """
+        kept = torch.bfloat16 if self.form == "bfloat16" else self.dtype
+        rows = None if self.form == "disk" else origin.new_empty((len(numbers), origin.numel()), dtype=kept)
+        members: list[int] = []
+        for number in numbers:
+            task = self.sources[number].task(name, origin)
+            if not bool(task.any()):
+                continue
+            if rows is not None:
+                rows[len(members)] = task.flatten()
+            members.append(number)
+        if rows is not None and len(members) < len(numbers):
+            rows = rows[: len(members)].clone()
+        return members, rows
 
     def _stored(self, name: str, members: Sequence[int]) -> Stored:
         def read() -> Iterator[Tensor]:

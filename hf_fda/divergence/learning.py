@@ -37,6 +37,8 @@ class Learning:
         every: steps between two looks at the rows held out.
         patience: looks without an improvement after which to stop.
         task_weights: a factor of each task's objective; None: one.
+        balance: divide each task's objective by what it is at the start, on the rows held out, so that tasks whose
+            answers are near to certain do not drown those whose answers are close to call.
     """
 
     steps: int = 300
@@ -49,6 +51,7 @@ class Learning:
     every: int = 20
     patience: int = 5
     task_weights: tuple[float, ...] | None = None
+    balance: bool = False
 
     def rate(self, step: int) -> float:
         """The step size of a step, counted from 1."""
@@ -132,7 +135,6 @@ def learn(
         InputError: when a task has too few rows.
         RunError: when the objective becomes infinite or not a number.
     """
-    factors = settings.task_weights or (1.0,) * len(tasks)
     splits = [split(task.rows, settings.held_out, seed) for task in tasks]
     streams = [
         minibatches(learnt, settings.batch_size, random_stream(seed, "minibatches", task.name))
@@ -141,8 +143,10 @@ def learn(
     coefficients = _within(parameters.coefficients.clone(), settings.bounds)
     parameters.put(coefficients)
     adam = torch.optim.Adam([coefficients], lr=settings.learning_rate)
-    watch = _Watch(lambda: _objectives(parameters, tasks, objective, splits, settings.batch_size), factors, report)
-    watch.look(0, coefficients)
+    start = _objectives(parameters, tasks, objective, splits, settings.batch_size)
+    factors = task_factors(settings, start)
+    watch = _Watch(factors, report)
+    watch.look(0, start, coefficients)
     step = 0
     for step in range(1, settings.steps + 1):
         seen = range(len(tasks)) if settings.order == "mixed" else [(step - 1) % len(tasks)]
@@ -153,7 +157,8 @@ def learn(
         adam.step()
         parameters.put(_within(coefficients, settings.bounds))
         if step % settings.every == 0 or step == settings.steps:
-            watch.look(step, coefficients)
+            found = _objectives(parameters, tasks, objective, splits, settings.batch_size)
+            watch.look(step, found, coefficients)
             if settings.held_out and watch.since_best >= settings.patience:
                 break
     if settings.held_out:
@@ -161,6 +166,20 @@ def learn(
     best = watch.best_step if settings.held_out else step
     names, groups = tuple(source.name for source in parameters.sources), parameters.groups.names
     return Learned(names, groups, parameters.coefficients, tuple(watch.history), best, step)
+
+
+def task_factors(settings: Learning, start: Sequence[float]) -> tuple[float, ...]:
+    """The factor of each task's objective: its weight and, balanced, the mean of all tasks' objectives at the start
+    over its own (where that is zero: one).
+
+    >>> task_factors(Learning(balance=True), (0.1, 0.3))
+    (2.0, 0.6666666666666667)
+    """
+    weights = settings.task_weights or (1.0,) * len(start)
+    if not settings.balance:
+        return tuple(weights)
+    mean = sum(start) / len(start)
+    return tuple(weight * (mean / own if own > 0 else 1.0) for weight, own in zip(weights, start, strict=True))
 
 
 def _finite(gradient: Tensor, step: int) -> Tensor:
@@ -172,18 +191,17 @@ def _finite(gradient: Tensor, step: int) -> Tensor:
 class _Watch:
     """The history of the objective, and the best coefficients so far."""
 
-    def __init__(self, measure: Callable[[], list[float]], factors: Sequence[float], report: Report) -> None:
-        self.measure, self.factors, self.report = measure, factors, report
+    def __init__(self, factors: Sequence[float], report: Report) -> None:
+        self.factors, self.report = factors, report
         self.history: list[Look] = []
         self.best_value, self.best_step, self.since_best = math.inf, 0, 0
 
-    def look(self, step: int, coefficients: Tensor) -> None:
-        """Measure, and remember.
+    def look(self, step: int, found: Sequence[float], coefficients: Tensor) -> None:
+        """Remember what was measured.
 
         Raises:
             RunError: when what is measured is not finite.
         """
-        found = self.measure()
         value = sum(factor * own for factor, own in zip(self.factors, found, strict=True))
         if not math.isfinite(value):
             raise RunError(f"the objective is {value} after {step} steps; try a smaller step size, or bounds")

@@ -23,6 +23,9 @@ class DivMergeConfig(LearnedConfig):
     takes_anchors: ClassVar[bool] = True
 
     divergence: Measure = option("jensen-shannon", "of the merged model's outputs from the source's on its own rows")
+    balance: bool = option(
+        True, "divide each task's divergence by what it is at the start, so that no task's large ones drown another's"
+    )
     top_k: int | None = option(None, "outputs that are kept of a position, all others being one; none: all", minimum=1)
     precision: Precision = option("float16", "type in which the sources' outputs are kept")
 

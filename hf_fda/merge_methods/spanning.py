@@ -14,19 +14,19 @@ CHUNK = 2**12
 """Entries whose products are added in the type that they are computed in; such sums are added in float64."""
 
 
-def products_of(vectors: Sequence[Tensor]) -> Tensor:
-    """(M, M) inner products of M flat vectors, in float64 on the CPU.
+def products_of(vectors: Tensor) -> Tensor:
+    """(M, M) inner products of M vectors, in float64 on the CPU.
 
     Args:
-        vectors: M tensors (n,).
+        vectors: (M, n).
     """
-    count, size = len(vectors), len(vectors[0])
+    count, size = vectors.shape
     found = torch.zeros(count, count, dtype=torch.float64)
     whole = size - size % CHUNK
     for start, stop, width in ((0, whole, CHUNK), (whole, size, size - whole)):
         if stop > start:
-            stacked = torch.stack([vector[start:stop].view(-1, width) for vector in vectors], dim=1)
-            found += (stacked @ stacked.mT).cpu().double().sum(0)
+            chunks = vectors[:, start:stop].unflatten(1, (-1, width)).transpose(0, 1)
+            found += (chunks @ chunks.mT).cpu().double().sum(0)
     return found
 
 
@@ -39,5 +39,5 @@ def spanned(base: Tensor, tasks: Sequence[Tensor], config: MethodConfig) -> Tens
         config: gives the factors.
     """
     vectors = [base, *tasks]
-    factors = config.combination(products_of([vector.flatten() for vector in vectors])).tolist()
+    factors = config.combination(products_of(torch.stack([vector.flatten() for vector in vectors]))).tolist()
     return total(vector * factor for vector, factor in zip(vectors, factors, strict=True) if factor or vector is base)

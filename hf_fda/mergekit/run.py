@@ -191,7 +191,6 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     checked = Settings.checked(stage.output, **given)
     groups = groups_of(document)
     parameters = Parameters(document, groups)
-    check_wants_data(parameters.general, data)
     models = Models(results, trust)
     opened = open_groups(document, groups, models)
     wanted = {**vocabulary_of(document, opened), **said}
@@ -200,10 +199,11 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     if not opened.with_base:
         inputs = replace(inputs, base=Nothing(inputs.base), with_base=False)
     varying = parameters.varying
+    at = parameters.at(inputs) if varying else None
+    check_wants_data(parameters.general, data)
     if varying and parameters.general.data != "never":
         raise InputError(f"method '{parameters.general.name}': {varying[0]} must be the same for all tensors")
     rows = ANCHORS if data == ANCHORS else open_rows(data, inputs, parameters.general, checked.seed, trust)
-    at = parameters.at(inputs) if varying else None
     described = Described(_record(document, models.pinned(), checked, rows), at, varying)
     return make_plan(inputs, parameters.general, checked, described, rows)
 

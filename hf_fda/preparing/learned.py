@@ -124,6 +124,7 @@ class LearnedPreparation(CoefficientPreparation):
             every=config.every * rounds,
             patience=config.patience,
             task_weights=config.source_weights(),
+            balance=isinstance(config, DivMergeConfig) and config.balance,
         )
 
     def _objective(self, kinds: Sequence[Kind]) -> Objective:

@@ -208,8 +208,7 @@ class TensorMerger:
         stored = self.vectors.stored(name, part)
         products = torch.zeros(len(self.sources) + 1, len(self.sources) + 1, dtype=torch.float64)
         for block in stored.blocks():
-            base, tasks = stored.read(block, self.device, self._type_for(stored, torch.bfloat16))
-            products += products_of([base, *tasks])
+            products += products_of(stored.rows(block, self.device, self._type_for(stored, torch.bfloat16)))
         return products
 
     def _add_up(self, name: str, factors: Sequence[float], dtype: torch.dtype, part: slice) -> Tensor:

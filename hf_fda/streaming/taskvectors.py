@@ -35,19 +35,29 @@ class StoredPart:
 
     def read(self, block: slice, device: torch.device, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """theta_0 and K task tensors of a block, on the device, in the type to compute in."""
-        base = self.base[block].to(device, work, copy=True)
-        return base, [self._difference(number, block, base) for number in range(len(self.own))]
+        base, *tasks = self.rows(block, device, work).unbind()
+        return base, tasks
+
+    def rows(self, block: slice, device: torch.device, work: torch.dtype) -> Tensor:
+        """As `read`, in one tensor (K + 1, n)."""
+        rows = torch.empty(len(self.own) + 1, block.stop - block.start, dtype=work, device=device)
+        base = rows[0].copy_(self.base[block])
+        for number in range(len(self.own)):
+            self._put(number, block, base, rows[number + 1])
+        return rows
 
     def task(self, number: int, block: slice, device: torch.device, work: torch.dtype) -> Tensor:
         """One source's task tensor of a block, as `read`."""
-        return self._difference(number, block, self.base[block].to(device, work, copy=True))
+        base = self.base[block].to(device, work)
+        return self._put(number, block, base, torch.empty_like(base))
 
-    def _difference(self, number: int, block: slice, base: Tensor) -> Tensor:
+    def _put(self, number: int, block: slice, base: Tensor, out: Tensor) -> Tensor:
+        """One source's task tensor of a block, in `out`."""
         own = self.own[number]
         if own is None:
-            return torch.zeros_like(base)
-        task = own[block].to(base.device, base.dtype, copy=True)
-        return task.sub_(base) if self.differ[number] else task
+            return out.zero_()
+        out.copy_(own[block])
+        return out.sub_(base) if self.differ[number] else out
 
 
 class TaskVectors:

@@ -189,7 +189,7 @@ def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> 
     entries = prod(shape)
     if by_entry(config, role) or config.trims or config.spans or len(shape) < 2:
         return Work(moved=8 * entries * (3 * sources + 3))
-    if config.scope == "tensor":
+    if config.works_on == "tensor":
         return Work(moved=8 * entries * TENSOR_PASSES * sources)
     once, each = MATRIX_PRODUCTS.get(config.name, OTHER_PRODUCTS)
     return Work((once + each * sources) * 2 * entries * min(shape[-2:]), 4 * entries * (3 * sources + 3))

@@ -18,12 +18,17 @@ from torch import Tensor
 
 from hf_fda.data.rows import TaskRows
 from hf_fda.divergence.coefficients import MergedParameters
+from hf_fda.divergence.directions import orthogonal_parts
 from hf_fda.divergence.footprint import held_bytes
 from hf_fda.divergence.learning import LearningTask
 from hf_fda.divergence.objectives import Divergence, Objective
 from hf_fda.divergence.task_models import logits_of, source_model, task_model
 from hf_fda.divergence.task_tensors import Dense, Thin
 from hf_fda.errors import InputError
+from hf_fda.lowrank import LowRank
+from hf_fda.merge_methods.tsv import TSVConfig
+from hf_fda.streaming.taskvectors import TaskVectors
+from hf_fda.streaming.tensorwise import apply_method
 
 DOUBLE = torch.float64
 
@@ -69,6 +74,11 @@ def test_gradient_of_every_coefficient_is_that_of_finite_differences(
     classifiers: Any, granularity: str, form: str
 ) -> None:
     found, expected = gradients(Family(*classifiers), granularity, form=form)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_gradient_of_every_coefficient_of_orthogonalised_directions(classifiers: Any) -> None:
+    found, expected = gradients(Family(*classifiers), "tensor", initial="tsv")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -118,6 +128,31 @@ def test_merged_tensors_follow_their_coefficients(classifiers: Any, granularity:
         for row, source in zip(coefficients, family.inputs.weighted, strict=True):
             expected = expected + row[parameters.groups.of[name]] * (source.read(name).double() - origin)
         torch.testing.assert_close(tensor.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("role", ["linear", "conv1d", "stack", "embedding", "other"])
+def test_parts_of_sources_sum_up_to_tsv(role: Any) -> None:
+    tasks = list(torch.randn(3, *((2, 9, 6) if role == "stack" else (9, 6)), generator=torch.manual_seed(0)))
+    weights = (0.5, 0.0, -1.2)
+    expected = apply_method(TSVConfig(weights=weights), tasks[0], tasks, role)
+    parts = [part.dense() if isinstance(part, LowRank) else part for part in orthogonal_parts(tasks, role)]
+    found = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3-moe"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_merged_tensors_of_orthogonalised_directions_are_tsv(family: str, form: Any) -> None:
+    base = make_model(family)
+    models = Family(base, {f"s{seed}": fine_tune(base, seed, size=0.1) for seed in (1, 2, 3)}, "tokens")
+    parameters = models.parameters("task", 1.0, initial="tsv", form=form)
+    weights = torch.tensor([[0.9], [0.0], [1.3]], dtype=DOUBLE)
+    parameters.put(weights)
+    vectors = TaskVectors(models.inputs, CPU)
+    near = {"rtol": 1e-4, "atol": 1e-5} if form == "float32" else {"rtol": 1e-2, "atol": 2e-3}
+    for name in parameters.groups.of:
+        expected = models.inputs.base.read(name) + vectors.merged_task(name, TSVConfig(weights=weights[:, 0].tolist()))
+        torch.testing.assert_close(parameters.tensors[name].detach(), expected, **near)
 
 
 def test_groups_are_blocks_in_order_with_what_lies_before_and_after() -> None:
@@ -228,9 +263,12 @@ def test_gradients_of_parameters_are_dropped_one_by_one(classifiers: Any, monkey
     assert set(held) == {0}
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "disk"])
+@pytest.mark.parametrize(
+    ("form", "initial"),
+    [(form, "task_arithmetic") for form in ("float32", "bfloat16", "disk")] + [("float32", "tsv"), ("bfloat16", "tsv")],
+)
 @pytest.mark.parametrize("kind", ["dense", "plain", "modules_to_save"])
-def test_what_is_held_is_what_is_told_beforehand(tmp_path: Path, kind: str, form: Any) -> None:
+def test_what_is_held_is_what_is_told_beforehand(tmp_path: Path, kind: str, form: Any, initial: Any) -> None:
     base = make_base("llama").bfloat16()
     base.save_pretrained(tmp_path / "base")
     if kind == "dense":
@@ -239,10 +277,11 @@ def test_what_is_held_is_what_is_told_beforehand(tmp_path: Path, kind: str, form
         folders = [save(make_base("llama"), KINDS[kind]("llama"), tmp_path / f"a{seed}", seed) for seed in (1, 2)]
         sources = {folder.name: folder for folder in folders}
     family = Family(tmp_path / "base", sources, "tokens")
-    parameters = family.parameters(form=form)
+    parameters = family.parameters(form=form, initial=initial)
     held = [*parameters.tensors.values(), *parameters._origins.values()]
     for part in (part for parts in parameters._parts.values() for part in parts):
         held += [part.tasks.stacked] if isinstance(part.tasks, Dense) else []
         held += [side for own in getattr(part.tasks, "factors", []) for side in (own.left, own.right)]
-    told = held_bytes(family.inputs.base, family.inputs.weighted, family.names, form)
-    assert sum(tensor.nbytes for tensor in held) == told
+    told = held_bytes(family.inputs.base, family.inputs.weighted, family.names, form, initial=initial)
+    all_held = sum(tensor.nbytes for tensor in held)
+    assert all_held <= told if initial == "tsv" else all_held == told  # directions of thin adapters are fewer

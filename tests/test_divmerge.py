@@ -88,6 +88,25 @@ def test_without_steps_it_is_task_arithmetic(classifiers: Any, tmp_path: Path) -
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "pooler" not in name)
 
 
+@pytest.mark.parametrize("data", ["rows", "anchors"])
+def test_from_tsv_its_weights_are_learnt(data: str, classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    given: Any = rows_for(sources) if data == "rows" else data
+    settings = {**SETTINGS, "initial": "tsv", "granularity": "tensor"}
+    hf_fda.merge(base, sources, "divmerge", tmp_path / "start", data=given, **{**settings, "steps": 0})
+    hf_fda.merge(base, sources, "tsv", tmp_path / "tsv", device="cpu", quiet=True)
+    ours, theirs = weights(tmp_path / "start"), weights(tmp_path / "tsv")
+    names = learnt(tmp_path / "start").group_of
+    if data == "rows":
+        assert all(torch.equal(ours[name], theirs[name]) for name in names)
+    hf_fda.merge(base, sources, "divmerge", tmp_path / "out", data=given, **settings)
+    found = learnt(tmp_path / "out")
+    for name in ("encoder.layer.0.attention.self.query.weight", "encoder.layer.1.output.dense.bias"):
+        weighted = {"weights": list(found.of_tensor(name))}
+        expected = weights(hf_fda.merge(base, sources, "tsv", tmp_path / name, quiet=True, **weighted).folder)[name]
+        torch.testing.assert_close(weights(tmp_path / "out")[name], expected)
+
+
 def test_the_source_itself_is_found_again(classifiers: Any, tmp_path: Path) -> None:
     base, sources = classifiers
     one = {"four": sources["four"]}
@@ -310,6 +329,7 @@ def test_heads_of_one_task_are_merged_too(saved: Any, tmp_path: Path) -> None:
         ("divmerge", "all", {"rows": 0}, "at least 1"),
         ("divmerge", "all", {"divergence": "js"}, "jensen-shannon"),
         ("divmerge", "all", {"held_out": 1.0}, "at most 0.9"),
+        ("divmerge", "all", {"initial": "tsv", "task_vectors": "disk"}, "task_vectors 'float32'"),
     ],
 )
 def test_bad_input_is_refused(

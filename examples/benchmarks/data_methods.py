@@ -28,6 +28,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "ties": {"method": "ties", "density": 0.2},
     "tsv": {"method": "tsv"},
 }
+AS_PUBLISHED = {"method": "divmerge", "initial": "task_arithmetic"}
 LOOKING: dict[str, dict[str, Any]] = {
     **{
         f"divmerge {granularity} {divergence}": {
@@ -37,6 +38,10 @@ LOOKING: dict[str, dict[str, Any]] = {
         }
         for granularity in ("task", "block", "tensor")
         for divergence in ("jensen-shannon", "forward-kl", "reverse-kl")
+    },
+    **{
+        f"task vectors, divmerge {granularity}": {**AS_PUBLISHED, "granularity": granularity}
+        for granularity in ("task", "block", "tensor")
     },
     "adamerging task": {"method": "adamerging", "granularity": "task"},
     "adamerging tensor": {"method": "adamerging", "granularity": "tensor"},
@@ -48,14 +53,15 @@ LOOKING: dict[str, dict[str, Any]] = {
     "fda mixed": {"method": "fda", "with_data": "mixed"},
 }
 ON_ANCHORS: dict[str, dict[str, Any]] = {
-    f"divmerge anchors {granularity}": {"method": "divmerge", "granularity": granularity, "data": "anchors"}
+    f"anchors, divmerge {granularity}": {"method": "divmerge", "granularity": granularity, "data": "anchors"}
     for granularity in ("task", "block", "tensor")
 }
 CURVE = (
     "task_arithmetic 0.4",
     "ties",
+    "tsv",
     "adamerging tensor",
-    "divmerge block jensen-shannon",
+    "task vectors, divmerge tensor",
     "divmerge tensor jensen-shannon",
 )
 """What the curve is drawn of."""

@@ -244,8 +244,10 @@ def _report(table: Table, read: int, encoded: Sequence[EncodedRow]) -> None:
     said = []
     if read > len(encoded):
         said.append(f"{read - len(encoded)} of {read} rows have nothing in them and are left out")
-    cut = sum(row.cut for row in encoded)
+    cut = [len(row.inputs["input_ids"]) for row in encoded if row.cut]
     if cut:
-        said.append(f"{cut} of {len(encoded)} texts are cut to max_length tokens")
+        said.append(
+            f"{len(cut)} of {len(encoded)} texts are cut to {max(cut)} tokens (max_length, or all the model takes)"
+        )
     if said:
         logger.warning("%s: %s", table.label, ", ".join(said))

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.divergence.directions import orthogonal_parts
 from hf_fda.divergence.groups import group
 from hf_fda.divergence.task_tensors import Dense, Stored, TaskTensors, Thin
 from hf_fda.lowrank import LowRank
-from hf_fda.merge_methods.learned import Granularity, TaskVectorForm
+from hf_fda.merge_methods.learned import Granularity, Initial, TaskVectorForm
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class MergedParameters:
         form: how dense task vectors are held.
         device: where to hold and compute.
         dtype: type of the merged tensors.
+        initial: what the coefficients are of: the task vectors, or what `tsv` adds for each source (`orthogonal_parts`;
+            not with the form "disk").
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class MergedParameters:
         form: TaskVectorForm = "float32",
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        initial: Initial = "task_arithmetic",
     ) -> None:
+        self.initial = initial
         self.base, self.sources, self.form, self.dtype = base, tuple(sources), form, dtype
         self.device = device or torch.device("cpu")
         self._parts: dict[str, list[_Part]] = {}
@@ -78,7 +83,8 @@ class MergedParameters:
         stored = self.base.read(name).to(self.device)
         floating = stored.is_floating_point()
         origin = stored.to(self.dtype if floating else stored.dtype)
-        self._parts[name] = self._held_parts(name, origin) if floating else []
+        held = self._held_parts if self.initial == "task_arithmetic" else self._orthogonal
+        self._parts[name] = held(name, origin) if floating else []
         self.tensors[name] = nn.Parameter(origin.clone(), requires_grad=False)
         if self._parts[name] and self.form != "disk":
             self._origins[name] = stored
@@ -98,6 +104,25 @@ class MergedParameters:
             tasks: TaskTensors = self._stored(name, members) if dense is None else Dense(dense)
             parts.append(_Part(torch.tensor(members, device=self.device), tasks))
         return parts
+
+    def _orthogonal(self, name: str, origin: Tensor) -> list[_Part]:
+        """What `tsv` adds for every source that moves a tensor; as factors where these are smaller."""
+        may = [source.may_move(name) for source in self.sources]
+        if not any(may):
+            return []
+        tasks = [
+            source.task(name, origin) if moves else torch.zeros_like(origin)
+            for source, moves in zip(self.sources, may, strict=True)
+        ]
+        moving = [number for number, task in enumerate(tasks) if bool(task.any())]
+        found = orthogonal_parts(tasks, self.base.layout.roles[name])
+        thin = [part for part in found if isinstance(part, LowRank)]
+        members = torch.tensor(moving, device=self.device)
+        if sum(part.left.numel() + part.right.numel() for part in thin) < len(moving) * origin.numel() and thin:
+            return [_Part(members, Thin([thin[number] for number in moving]))] if moving else []
+        kept = torch.bfloat16 if self.form == "bfloat16" else self.dtype
+        rows = [part.dense() if isinstance(part, LowRank) else part for part in (found[number] for number in moving)]
+        return [_Part(members, Dense(torch.stack([row.flatten() for row in rows]).to(kept)))] if moving else []
 
     def _dense(self, name: str, origin: Tensor, numbers: Sequence[int]) -> tuple[list[int], Tensor | None]:
         """Which of some sources move a tensor, and their task vectors, one a row; None of those that are not kept.

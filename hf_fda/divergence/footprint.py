@@ -14,7 +14,7 @@ from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.costs import outputs
 from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs
-from hf_fda.merge_methods.learned import LearnedConfig, TaskVectorForm
+from hf_fda.merge_methods.learned import Initial, LearnedConfig, TaskVectorForm
 from hf_fda.merge_methods.looking import RowsConfig
 
 KEPT = 3.5
@@ -33,13 +33,15 @@ def learning_bytes(inputs: Inputs, config: LearnedConfig, names: Sequence[str], 
         rows: of data, by task.
     """
     sources = inputs.weighted
-    held = held_bytes(inputs.base, sources, names, config.task_vectors)
+    held = held_bytes(inputs.base, sources, names, config.task_vectors, initial=config.moves)
     heads = 4 * sum(prod(source.checkpoint.shape(name)) for source in sources for name in source.extra)
     # Tied embeddings hold the gradient of their first use until that of the other is there
     gradient = 4 * 2 * max((prod(inputs.base.shape(name)) for name in names), default=0)
     alone = max(4 * sum(prod(own.checkpoint.shape(name)) for name in own.checkpoint.names) for own in sources)
     activations = max((_activation_bytes(inputs, config, own) for own in rows.values()), default=0)
-    return max(held + heads + gradient + activations, alone + activations // 2)
+    # All task tensors of one weight with their decompositions
+    making = 3 * len(sources) * gradient // 2 if config.moves == "tsv" else 0
+    return max(held + heads + max(gradient + activations, making), alone + activations // 2)
 
 
 def held_bytes(
@@ -48,6 +50,7 @@ def held_bytes(
     names: Sequence[str],
     form: TaskVectorForm = "float32",
     dtype: torch.dtype = torch.float32,
+    initial: Initial = "task_arithmetic",
 ) -> int:
     """Bytes that `MergedParameters` of the same arguments holds at most, beside one tensor's gradient.
 
@@ -60,6 +63,7 @@ def held_bytes(
         names: the base's names of the tensors to merge.
         form: how dense task vectors are held.
         dtype: type of the merged tensors.
+        initial: what the coefficients are of.
     """
     rounded = torch.bfloat16 if form == "bfloat16" else dtype
     total = 0
@@ -69,6 +73,11 @@ def held_bytes(
         moving = [source for source in sources if source.may_move(name)] if stored.is_floating_point else []
         total += size * (dtype if stored.is_floating_point else stored).itemsize
         total += size * stored.itemsize if moving and form != "disk" else 0
+        if initial == "tsv" and moving:
+            thin = min(shape) * sum(shape) if base.layout.roles[name] in ("linear", "conv1d") else None
+            dense = len(moving) * size
+            total += thin * dtype.itemsize if thin is not None and thin < dense else dense * rounded.itemsize
+            continue
         for source in moving:
             entries = _entries_of_factors(source.rank(name), shape)
             if entries is not None and entries < size:

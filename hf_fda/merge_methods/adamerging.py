@@ -18,8 +18,9 @@ class AdaMergingConfig(LearnedConfig):
     summary: ClassVar[str] = "coefficients of the task vectors by which the outputs are least uncertain"
     paper: ClassVar[str] = "AdaMerging, arXiv 2310.02575"
 
+    plain_start: ClassVar[float] = 0.3
+
     # Large steps end where every answer is certain and wrong; these go as far as 500 of 1e-3, as published
-    scaling: float = option(0.3, "the coefficients to start from")
     learning_rate: float = option(2.5e-3, "Adam's step size", minimum=0)
     schedule: Schedule = option("constant", "the step size stays, or falls to zero over all steps")
 

@@ -132,6 +132,11 @@ class MethodConfig:
         """
         return for_each(f"method '{self.name}': {name}", getattr(self, name), count)
 
+    @property
+    def works_on(self) -> Scope:
+        """The scope under these options."""
+        return self.scope
+
     def leaves_equals(self) -> bool:
         """Whether a tensor in which no source differs from the base stays as it is in the base."""
         return True

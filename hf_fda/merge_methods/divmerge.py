@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hf_fda.merge_methods.config import option
-from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.merge_methods.learned import Initial, LearnedConfig
 from hf_fda.merge_methods.registry import register_config
 
 Measure = Literal["jensen-shannon", "forward-kl", "reverse-kl"]
@@ -21,6 +21,7 @@ class DivMergeConfig(LearnedConfig):
     summary: ClassVar[str] = "coefficients of the task vectors by which the outputs diverge least from each source's"
     paper: ClassVar[str] = "DivMerge, arXiv 2509.02108"
     takes_anchors: ClassVar[bool] = True
+    usual: ClassVar[Initial] = "tsv"
 
     divergence: Measure = option("jensen-shannon", "of the merged model's outputs from the source's on its own rows")
     balance: bool = option(

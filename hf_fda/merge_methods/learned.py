@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 from hf_fda.errors import InputError
-from hf_fda.merge_methods.config import WeightedConfig, option
+from hf_fda.merge_methods.config import Scope, TaskVectorConfig, WeightedConfig, option
 from hf_fda.merge_methods.looking import RowsConfig
+from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
+from hf_fda.merge_methods.tsv import TSVConfig
 
 Granularity = Literal["task", "block", "tensor"]
 Order = Literal["mixed", "turn"]
 Schedule = Literal["constant", "linear"]
+Initial = Literal["task_arithmetic", "tsv"]
 TaskVectorForm = Literal["float32", "bfloat16", "disk"]
 """How dense task vectors are held: in the type that is computed in; rounded to bfloat16 after the difference was taken
 (8 significant bits of the change, not of the weight), at half the memory; or not at all, but read at each use."""
@@ -22,15 +26,26 @@ TaskVectorForm = Literal["float32", "bfloat16", "disk"]
 class LearnedConfig(WeightedConfig, RowsConfig):
     """Options of every method that learns coefficients of the task vectors."""
 
+    plain_start: ClassVar[float] = 0.4
+    """What coefficients of plain task vectors start from, unless `scaling` says otherwise."""
+    usual: ClassVar[Initial] = "task_arithmetic"
+    """What `initial` is for full checkpoints, unless it is given."""
+
     weights: tuple[float, ...] | dict[str, float] | None = option(
         None,
         "a factor for each source's part of what is minimised: a list in the order of the sources, or by source name",
         per_source=True,
     )
+    initial: Initial | None = option(
+        None,
+        "the merge whose weights are learnt: of the task vectors, or of their leading singular directions made "
+        "orthogonal to the other tasks'; none: tsv with divmerge, but where all sources are adapters or task vectors "
+        "are read from disk",
+    )
     granularity: Granularity = option(
         "tensor", "which tensors share a coefficient: all of them, those of a block, or none"
     )
-    scaling: float = option(0.4, "the coefficients to start from")
+    scaling: float | None = option(None, "the coefficients to start from; none: 1 from tsv, else 0.4 (adamerging 0.3)")
     lower: float | None = option(None, "no coefficient becomes less; none: no bound")
     upper: float | None = option(None, "no coefficient becomes more; none: no bound")
     steps: int = option(40, "minibatches of every task at most", minimum=0)
@@ -52,3 +67,39 @@ class LearnedConfig(WeightedConfig, RowsConfig):
         super().__post_init__()
         if self.lower is not None and self.upper is not None and self.lower > self.upper:
             raise InputError(f"method '{self.name}': lower ({self.lower}) is above upper ({self.upper})")
+        if self.initial == "tsv" and self.task_vectors == "disk":
+            raise InputError(
+                f"method '{self.name}': the orthogonalised directions of initial='tsv' are made once and held; take "
+                "task_vectors 'float32' or 'bfloat16', or initial 'task_arithmetic'"
+            )
+
+    def completed(self, all_thin: bool) -> Self:
+        """The config with every open option filled in.
+
+        Args:
+            all_thin: whether all sources are adapters; made orthogonal, their few directions lose more than they gain.
+        """
+        plain = all_thin or self.task_vectors == "disk"
+        return dataclasses.replace(self, initial=self.initial or ("task_arithmetic" if plain else self.usual))
+
+    @property
+    def start(self) -> float:
+        """The coefficients to start from."""
+        if self.scaling is not None:
+            return self.scaling
+        return 1.0 if self.learnt is TSVConfig else self.plain_start
+
+    @property
+    def moves(self) -> Initial:
+        """What the coefficients are of; before the config is complete, task vectors."""
+        return self.initial or "task_arithmetic"
+
+    @property
+    def learnt(self) -> type[TaskVectorConfig]:
+        """The method whose weights are learnt."""
+        return TSVConfig if self.moves == "tsv" else TaskArithmeticConfig
+
+    @property
+    def works_on(self) -> Scope:
+        """As `MethodConfig.works_on`: as the method does whose weights are learnt."""
+        return self.learnt.scope

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods.config import Scope, TaskVectorConfig, option
 from hf_fda.merge_methods.registry import register
 from hf_fda.tensors import mean, nearest_orthonormal, numerical_rank, svd, weighted
@@ -34,26 +35,48 @@ class TSVConfig(TaskVectorConfig):
 
 @register(TSVConfig)
 def tsv(base: Tensor, tasks: Sequence[Tensor], config: TSVConfig) -> Tensor:
-    """``lambda * U' diag(s) V'``: U' and V' are the nearest orthonormal matrices to the tasks' concatenated ones.
+    """``lambda * sum_i w_i U'_i diag(s_i) V'_i``, of a matrix; of anything else ``lambda / K * sum_i w_i tau_i``.
 
-    Each task gives its top ``max(1, floor(r / K))`` singular triplets, r = min(d_out, d_in) (paper, Algorithm 1), or as
-    many as its rank has, where that is less. Anything but a matrix is averaged.
+    U' and V' are the nearest orthonormal matrices to the tasks' concatenated leading singular directions
+    (`orthogonalised`).
 
     Args:
         base: theta_0, (d_out, d_in) or another shape (unused).
         tasks: K task tensors of that shape.
         config: the options; `weights` in the order of `tasks`.
     """
-    tasks = weighted(tasks, config.source_weights())
+    weights = config.source_weights()
     if base.ndim != 2:
-        return config.scaling * mean(tasks)
-    full = min(base.shape)
-    kept = max(1, int(full * (1 / len(tasks) if config.rank_fraction is None else config.rank_fraction) + 1e-9))
+        return config.scaling * mean(weighted(tasks, weights))
+    parts = orthogonalised(tasks, base.shape, config.rank_fraction)
+    factors = (1.0,) * len(tasks) if weights is None else weights
+    left = torch.cat([part.left * factor for part, factor in zip(parts, factors, strict=True)], dim=1)
+    return config.scaling * left @ torch.cat([part.right for part in parts], dim=0)
+
+
+def orthogonalised(tasks: Sequence[Tensor], shape: Sequence[int], rank_fraction: float | None = None) -> list[LowRank]:
+    """The tasks' leading singular directions, made orthogonal to each other's, each with its own singular values.
+
+    Each task gives its top ``max(1, floor(r / K))`` singular triplets, r = min(d_out, d_in) (paper, Algorithm 1), or as
+    many as its rank has, where that is less.
+
+    Args:
+        tasks: K task matrices, (d_out, d_in) or between bases of fewer directions.
+        shape: (d_out, d_in).
+        rank_fraction: the fraction of r that each task keeps; None: 1 / K.
+
+    Returns:
+        K products ``U'_i diag(s_i) @ V'_i`` of rank k_i; those of all tasks lie in orthogonal directions.
+    """
+    kept = max(1, int(min(shape) * (1 / len(tasks) if rank_fraction is None else rank_fraction) + 1e-9))
     parts = [svd(task) for task in tasks]
-    kept_of = [min(kept, numerical_rank(part[1], base.shape)) for part in parts]
-    if not any(kept_of):
-        return torch.zeros_like(tasks[0])
-    u = torch.cat([part[0][:, :count] for part, count in zip(parts, kept_of, strict=True)], dim=1)
-    s = torch.cat([part[1][:count] for part, count in zip(parts, kept_of, strict=True)])
-    vh = torch.cat([part[2][:count] for part, count in zip(parts, kept_of, strict=True)], dim=0)
-    return config.scaling * (nearest_orthonormal(u) * s) @ nearest_orthonormal(vh)
+    counts = [min(kept, numerical_rank(values, shape)) for _, values, _ in parts]
+    u = torch.cat([part[0][:, :count] for part, count in zip(parts, counts, strict=True)], dim=1)
+    vh = torch.cat([part[2][:count] for part, count in zip(parts, counts, strict=True)], dim=0)
+    if any(counts):
+        u, vh = nearest_orthonormal(u), nearest_orthonormal(vh)
+    values = [part[1][:count] for part, count in zip(parts, counts, strict=True)]
+    return [
+        LowRank(left * value, right, tuple(tasks[0].shape))
+        for left, value, right in zip(u.split(counts, dim=1), values, vh.split(counts, dim=0), strict=True)
+    ]

@@ -7,13 +7,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_fda.adapting import objective_of
 from hf_fda.anchors.coefficients import UnitProblem, learn_coefficients
 from hf_fda.anchors.pieces import Anchors
 from hf_fda.blocks import Unit
 from hf_fda.coefficients import Coefficients
+from hf_fda.divergence.directions import orthogonal_parts
 from hf_fda.divergence.groups import group
+from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.preparing.coefficients import CoefficientPreparation
 from hf_fda.stages import Piece
@@ -51,7 +54,7 @@ class AnchoredPreparation(CoefficientPreparation):
         groups = group(base.layout, moving, config.granularity)
         units = {unit.name: self._problem(unit) for unit in self.plan.units}
         inside = {name: groups.of[name] for unit in self.plan.units for name in unit.tensors if name in groups.of}
-        start = torch.full((len(self.sources), len(groups)), config.scaling, dtype=torch.float64)
+        start = torch.full((len(self.sources), len(groups)), config.start, dtype=torch.float64)
         values = learn_coefficients(
             units,
             inside,
@@ -79,10 +82,16 @@ class AnchoredPreparation(CoefficientPreparation):
             moved = [anchors for anchors in self.anchors.of(unit) if anchors.moves]
             aim = objective_of(self._how, module, call, moved, self.plan.device)
             tasks = {
-                name.removeprefix(f"{unit.name}."): vectors.read(name, torch.float32)[1]
-                for name in unit.tensors
-                if vectors.may_move(name)
+                name.removeprefix(f"{unit.name}."): self._moves(name) for name in unit.tensors if vectors.may_move(name)
             }
             return UnitProblem(module, tasks, aim, call)
 
         return make
+
+    def _moves(self, name: str) -> list[Tensor]:
+        """What each source's coefficient is of, in one tensor."""
+        tasks = self.run.vectors.read(name, torch.float32)[1]
+        if self.config.moves == "task_arithmetic":
+            return tasks
+        parts = orthogonal_parts(tasks, self.plan.inputs.base.layout.roles[name])
+        return [part.dense() if isinstance(part, LowRank) else part for part in parts]

@@ -15,7 +15,6 @@ from hf_fda.divergence.groups import Groups, group
 from hf_fda.estimate import merged_by_method
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.learned import LearnedConfig
-from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.preparing.interface import Preparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
@@ -63,10 +62,10 @@ class CoefficientPreparation(Preparation):
         return self._key
 
     def settled(self, name: str, config: MethodConfig) -> MethodConfig:
-        """As `Preparation.settled`: the sum of the task vectors with the coefficients learnt for them."""
+        """As `Preparation.settled`: the method whose weights were learnt, with these."""
         if not isinstance(config, LearnedConfig):
             return config
-        return TaskArithmeticConfig(scaling=1.0, weights=self.coefficients.of_tensor(name))
+        return config.learnt(scaling=1.0, weights=self.coefficients.of_tensor(name))
 
     @cached_property
     def coefficients(self) -> Coefficients:

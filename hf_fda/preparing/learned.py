@@ -88,9 +88,10 @@ class LearnedPreparation(CoefficientPreparation):
             self.sources,
             self.merged,
             config.granularity,
-            config.scaling,
+            config.start,
             config.task_vectors,
             self.plan.device,
+            initial=config.moves,
         )
         tasks = [self._task(source, parameters) for source in self.sources]
         learned = learn(

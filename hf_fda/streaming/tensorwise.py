@@ -40,7 +40,7 @@ def parts_in(region: slice) -> list[slice]:
 def by_entry(config: MethodConfig, role: Role) -> bool:
     """Whether each entry of a tensor is merged on its own: always by elementwise methods, and by matrix methods for
     what is no linear weight (a lookup table, a bias, a convolution), of which they take the mean."""
-    return config.scope == "entry" or (config.scope == "matrix" and role in ("embedding", "other"))
+    return config.works_on == "entry" or (config.works_on == "matrix" and role in ("embedding", "other"))
 
 
 def apply_method(

@@ -220,10 +220,10 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
             raise InputError(f"source '{without[0]}' is anchors only; method '{config.name}' needs its weights")
         if isinstance(config, (DistillConfig, RegMeanPlusConfig)):
             require_blocks(inputs.base.layout)
-        thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
         if isinstance(config, LearnedConfig):
-            config = config.completed(thin)
+            config = config.completed()
         if isinstance(config, DistillConfig):
+            thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
             config = config.completed(names, family_of(inputs.base.layout), thin)
         return with_source_names(config, names)
     for role in ("initial", "rest"):

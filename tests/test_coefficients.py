@@ -133,7 +133,7 @@ def test_merged_tensors_follow_their_coefficients(classifiers: Any, granularity:
 @pytest.mark.parametrize("role", ["linear", "conv1d", "stack", "embedding", "other"])
 def test_parts_of_sources_sum_up_to_tsv(role: Any) -> None:
     tasks = list(torch.randn(3, *((2, 9, 6) if role == "stack" else (9, 6)), generator=torch.manual_seed(0)))
-    weights = (0.5, 0.0, -1.2)
+    weights = (0.5, 2.0, -1.2)
     expected = apply_method(TSVConfig(weights=weights), tasks[0], tasks, role)
     parts = [part.dense() if isinstance(part, LowRank) else part for part in orthogonal_parts(tasks, role)]
     found = sum(weight * part for weight, part in zip(weights, parts, strict=True))
@@ -146,7 +146,7 @@ def test_merged_tensors_of_orthogonalised_directions_are_tsv(family: str, form: 
     base = make_model(family)
     models = Family(base, {f"s{seed}": fine_tune(base, seed, size=0.1) for seed in (1, 2, 3)}, "tokens")
     parameters = models.parameters("task", 1.0, initial="tsv", form=form)
-    weights = torch.tensor([[0.9], [0.0], [1.3]], dtype=DOUBLE)
+    weights = torch.tensor([[0.9], [-0.1], [1.3]], dtype=DOUBLE)
     parameters.put(weights)
     vectors = TaskVectors(models.inputs, CPU)
     near = {"rtol": 1e-4, "atol": 1e-5} if form == "float32" else {"rtol": 1e-2, "atol": 2e-3}

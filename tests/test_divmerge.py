@@ -62,7 +62,7 @@ def test_the_merge_is_the_combination_that_was_learnt(
 ) -> None:
     base, sources = classifiers
     output = tmp_path / "out"
-    settings = {**SETTINGS, "granularity": granularity, "held_out": 0}
+    settings = {**SETTINGS, "initial": "task_arithmetic", "granularity": granularity, "held_out": 0}
     hf_fda.merge(base, sources, method, output, data=rows_for(sources), **settings)
     found, theta = learnt(output), weights(base)
     own = [weights(folder) for folder in sources.values()]
@@ -81,7 +81,7 @@ def test_the_merge_is_the_combination_that_was_learnt(
 
 def test_without_steps_it_is_task_arithmetic(classifiers: Any, tmp_path: Path) -> None:
     base, sources = classifiers
-    settings = {**SETTINGS, "steps": 0}
+    settings = {**SETTINGS, "initial": "task_arithmetic", "steps": 0}
     hf_fda.merge(base, sources, "divmerge", tmp_path / "a", data=rows_for(sources), scaling=0.25, **settings)
     hf_fda.merge(base, sources, "task_arithmetic", tmp_path / "b", scaling=0.25, device="cpu", quiet=True)
     ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -92,7 +92,7 @@ def test_without_steps_it_is_task_arithmetic(classifiers: Any, tmp_path: Path) -
 def test_from_tsv_its_weights_are_learnt(data: str, classifiers: Any, tmp_path: Path) -> None:
     base, sources = classifiers
     given: Any = rows_for(sources) if data == "rows" else data
-    settings = {**SETTINGS, "initial": "tsv", "granularity": "tensor"}
+    settings = {**SETTINGS, "initial": "tsv", "granularity": "tensor", "held_out": 0}
     hf_fda.merge(base, sources, "divmerge", tmp_path / "start", data=given, **{**settings, "steps": 0})
     hf_fda.merge(base, sources, "tsv", tmp_path / "tsv", device="cpu", quiet=True)
     ours, theirs = weights(tmp_path / "start"), weights(tmp_path / "tsv")
@@ -102,15 +102,33 @@ def test_from_tsv_its_weights_are_learnt(data: str, classifiers: Any, tmp_path: 
     hf_fda.merge(base, sources, "divmerge", tmp_path / "out", data=given, **settings)
     found = learnt(tmp_path / "out")
     for name in ("encoder.layer.0.attention.self.query.weight", "encoder.layer.1.output.dense.bias"):
+        assert set(found.of_tensor(name)) != {1.0}
         weighted = {"weights": list(found.of_tensor(name))}
         expected = weights(hf_fda.merge(base, sources, "tsv", tmp_path / name, quiet=True, **weighted).folder)[name]
         torch.testing.assert_close(weights(tmp_path / "out")[name], expected)
 
 
+def test_a_coefficient_of_zero_is_merged_as_it_was_learnt(classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    settings = {**SETTINGS, "scaling": 0.0, "steps": 0}
+    hf_fda.merge(base, sources, "divmerge", tmp_path / "out", data=rows_for(sources), **settings)
+    theta = weights(base)
+    for name in learnt(tmp_path / "out").group_of:
+        torch.testing.assert_close(weights(tmp_path / "out")[name], theta[name], rtol=0, atol=1e-20)
+
+
 def test_the_source_itself_is_found_again(classifiers: Any, tmp_path: Path) -> None:
     base, sources = classifiers
     one = {"four": sources["four"]}
-    settings = {**SETTINGS, "steps": 150, "learning_rate": 0.05, "every": 10, "granularity": "task", "held_out": 0.4}
+    settings = {
+        **SETTINGS,
+        "scaling": 0.4,
+        "steps": 150,
+        "learning_rate": 0.05,
+        "every": 10,
+        "granularity": "task",
+        "held_out": 0.4,
+    }
     hf_fda.merge(base, one, "divmerge", tmp_path / "out", data=rows_for(one, count=20), precision="float32", **settings)
     found = learnt(tmp_path / "out")
     assert found.values[0][0] == pytest.approx(1, abs=0.02)

@@ -29,7 +29,7 @@ class LearnedConfig(WeightedConfig, RowsConfig):
     plain_start: ClassVar[float] = 0.4
     """What coefficients of plain task vectors start from, unless `scaling` says otherwise."""
     usual: ClassVar[Initial] = "task_arithmetic"
-    """What `initial` is for full checkpoints, unless it is given."""
+    """What `initial` is, unless it is given."""
 
     weights: tuple[float, ...] | dict[str, float] | None = option(
         None,
@@ -39,8 +39,7 @@ class LearnedConfig(WeightedConfig, RowsConfig):
     initial: Initial | None = option(
         None,
         "the merge whose weights are learnt: of the task vectors, or of their leading singular directions made "
-        "orthogonal to the other tasks'; none: tsv with divmerge, but where all sources are adapters or task vectors "
-        "are read from disk",
+        "orthogonal to the other tasks'; none: tsv with divmerge, unless task vectors are read from disk",
     )
     granularity: Granularity = option(
         "tensor", "which tensors share a coefficient: all of them, those of a block, or none"
@@ -73,14 +72,10 @@ class LearnedConfig(WeightedConfig, RowsConfig):
                 "task_vectors 'float32' or 'bfloat16', or initial 'task_arithmetic'"
             )
 
-    def completed(self, all_thin: bool) -> Self:
-        """The config with every open option filled in.
-
-        Args:
-            all_thin: whether all sources are adapters; made orthogonal, their few directions lose more than they gain.
-        """
-        plain = all_thin or self.task_vectors == "disk"
-        return dataclasses.replace(self, initial=self.initial or ("task_arithmetic" if plain else self.usual))
+    def completed(self) -> Self:
+        """The config with every open option filled in."""
+        usual: Initial = "task_arithmetic" if self.task_vectors == "disk" else self.usual
+        return dataclasses.replace(self, initial=self.initial or usual)
 
     @property
     def start(self) -> float:

@@ -38,18 +38,18 @@ def tsv(base: Tensor, tasks: Sequence[Tensor], config: TSVConfig) -> Tensor:
     """``lambda * sum_i w_i U'_i diag(s_i) V'_i``, of a matrix; of anything else ``lambda / K * sum_i w_i tau_i``.
 
     U' and V' are the nearest orthonormal matrices to the tasks' concatenated leading singular directions
-    (`orthogonalised`).
+    (`orthogonalised`), of which a task of weight zero has none.
 
     Args:
         base: theta_0, (d_out, d_in) or another shape (unused).
         tasks: K task tensors of that shape.
         config: the options; `weights` in the order of `tasks`.
     """
-    weights = config.source_weights()
     if base.ndim != 2:
-        return config.scaling * mean(weighted(tasks, weights))
-    parts = orthogonalised(tasks, base.shape, config.rank_fraction)
-    factors = (1.0,) * len(tasks) if weights is None else weights
+        return config.scaling * mean(weighted(tasks, config.source_weights()))
+    factors = config.weight_of_each(len(tasks))
+    counted = [task if factor else torch.zeros_like(task) for task, factor in zip(tasks, factors, strict=True)]
+    parts = orthogonalised(counted, base.shape, config.rank_fraction)
     left = torch.cat([part.left * factor for part, factor in zip(parts, factors, strict=True)], dim=1)
     return config.scaling * left @ torch.cat([part.right for part in parts], dim=0)
 

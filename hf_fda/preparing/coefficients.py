@@ -21,6 +21,10 @@ from hf_fda.stages import Piece
 from hf_fda.store import digest, key_of
 from hf_fda.version import versions
 
+NOTHING = 1e-30
+"""In the place of a coefficient of zero: what is added is nothing, but the source still counts where the directions of
+all are made orthogonal, as it did when the coefficients were learnt."""
+
 
 class CoefficientPreparation(Preparation):
     """What finds coefficients before the weights that they make are written.
@@ -65,7 +69,8 @@ class CoefficientPreparation(Preparation):
         """As `Preparation.settled`: the method whose weights were learnt, with these."""
         if not isinstance(config, LearnedConfig):
             return config
-        return config.learnt(scaling=1.0, weights=self.coefficients.of_tensor(name))
+        weights = tuple(value or NOTHING for value in self.coefficients.of_tensor(name))
+        return config.learnt(scaling=1.0, weights=weights)
 
     @cached_property
     def coefficients(self) -> Coefficients:

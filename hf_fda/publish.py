@@ -95,7 +95,7 @@ def _draw_coefficients(plan: Plan, store: Store) -> Coefficients | None:
 
 def clean(store: Store) -> None:
     """Remove the work in progress of a merge that is finished."""
-    for name in ("staged", "blocks", "counts", "targets", "outputs", "states", "statistics", "partial"):
+    for name in ("staged", "blocks", "counts", "targets", "outputs", "learning", "states", "statistics", "partial"):
         shutil.rmtree(store.work / name, ignore_errors=True)
     shutil.rmtree(store.work / "records" / WORK, ignore_errors=True)
 

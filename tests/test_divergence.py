@@ -17,6 +17,7 @@ from hf_fda.divergence.measures import Measure, Target, answer, at_scored, compa
 from hf_fda.divergence.objectives import Divergence, Entropy
 from hf_fda.divergence.outputs import open_outputs, record
 from hf_fda.divergence.sampling import minibatches, split
+from hf_fda.divergence.state import LearningState
 from hf_fda.divergence.task_models import logits_of, source_model
 from hf_fda.errors import InputError, RunError
 
@@ -291,6 +292,30 @@ def test_the_same_seed_gives_the_same_coefficients_and_another_does_not() -> Non
     assert torch.equal(found[0].coefficients, found[1].coefficients)
     assert found[0].history == found[1].history
     assert not torch.equal(found[0].coefficients, found[2].coefficients)
+
+
+@pytest.mark.parametrize("order", ["mixed", "turn"])
+def test_learning_that_was_broken_off_goes_on_to_the_same_coefficients(order: Any, tmp_path: Path) -> None:
+    family = language_models()
+    objective = Divergence("jensen-shannon", family.outputs())
+    settings = Learning(steps=14, batch_size=3, every=4, patience=2, learning_rate=0.2, order=order, balance=True)
+
+    def run(state: LearningState | None = None, **options: Any) -> Learned:
+        parameters = family.parameters()
+        return learn(parameters, family.tasks(parameters), objective, settings, 3, state=state, **options)
+
+    def number(state: LearningState) -> None:
+        state.write(tmp_path / f"{state.step}.safetensors")
+
+    whole = run(keep=number)
+    kept = sorted(tmp_path.iterdir(), key=lambda path: int(path.stem))
+    assert len(kept) > 1
+    for path in kept:
+        seen: list[int] = []
+        found = run(LearningState.read(path), report=lambda step, value, seen=seen: seen.append(step))
+        assert torch.equal(found.coefficients, whole.coefficients)
+        assert (found.history, found.best, found.steps) == (whole.history, whole.best, whole.steps)
+        assert all(step > int(path.stem) for step in seen)
 
 
 def test_bounded_coefficients_stay_in_their_bounds() -> None:

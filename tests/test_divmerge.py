@@ -19,6 +19,7 @@ import hf_fda
 from hf_fda.cli import main
 from hf_fda.coefficients import COEFFICIENTS, HEAT_MAP, Coefficients
 from hf_fda.errors import InputError, RunError
+from hf_fda.store import WORK
 
 SETTINGS: dict[str, Any] = {"steps": 6, "every": 2, "batch_size": 4, "device": "cpu", "quiet": True}
 BRIEF = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items() if name != "quiet"]
@@ -300,6 +301,30 @@ def test_the_answers_that_were_recorded_are_there_after_a_failure(
     _merge(base, sources, tmp_path / "out", data)
     assert sorted(recorded) == sorted(sources)
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_learning_goes_on_where_it_was_broken_off(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, sources, data = files
+    _merge(base, sources, tmp_path / "undisturbed", data)
+    import hf_fda.divergence.state as module
+
+    real, looks = module.LearningState.look, []
+
+    def look(self: Any, *args: Any) -> float:
+        if len(looks) == 2:
+            looks.append("broken off")
+            raise RunError("the machine was switched off")
+        looks.append(self.step)
+        return real(self, *args)
+
+    monkeypatch.setattr(module.LearningState, "look", look)
+    with pytest.raises(RunError, match="switched off"):
+        _merge(base, sources, tmp_path / "out", data)
+    _merge(base, sources, tmp_path / "out", data)
+    steps = [step for step in looks if step != "broken off"]
+    assert steps == sorted(set(steps)) and len(steps) > 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not list((tmp_path / "out" / WORK).rglob("state.safetensors*"))
 
 
 def test_adapters_become_one_adapter_exactly(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from hf_fda.data.rows import TaskRows
 from hf_fda.divergence.coefficients import MergedParameters
 from hf_fda.divergence.objectives import Objective
 from hf_fda.divergence.sampling import minibatches, split
+from hf_fda.divergence.state import Keep, LearningState, Look
 from hf_fda.divergence.task_models import logits_of
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.learned import Order, Schedule
@@ -69,14 +69,6 @@ class LearningTask:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen on the rows held out after some steps: the objective of each task."""
-
-    step: int
-    objective: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Learned:
     """Learnt coefficients.
 
@@ -117,11 +109,13 @@ def learn(
     settings: Learning,
     seed: int = 0,
     report: Report = lambda step, value: None,
+    keep: Keep = lambda state: None,
+    state: LearningState | None = None,
 ) -> Learned:
     """Learn the coefficients of merged parameters, from where these are; they end at the result.
 
     The sum over tasks of the mean over a task's rows (of language models: over its scored positions) is minimised. The
-    same seed gives the same coefficients.
+    same seed gives the same coefficients, also where learning was broken off and goes on from what was kept.
 
     Args:
         parameters: what is learnt.
@@ -130,42 +124,69 @@ def learn(
         settings: how.
         seed: of the rows held out and of the minibatches.
         report: called with (step, objective on the rows held out, summed over tasks) at every look.
+        keep: called at every look with where learning stands.
+        state: where it stood when it was broken off; None: it begins.
 
     Raises:
         InputError: when a task has too few rows.
         RunError: when the objective becomes infinite or not a number.
     """
     splits = [split(task.rows, settings.held_out, seed) for task in tasks]
-    streams = [
-        minibatches(learnt, settings.batch_size, random_stream(seed, "minibatches", task.name))
-        for task, (learnt, _) in zip(tasks, splits, strict=True)
-    ]
-    coefficients = _within(parameters.coefficients.clone(), settings.bounds)
-    parameters.put(coefficients)
-    adam = torch.optim.Adam([coefficients], lr=settings.learning_rate)
-    start = _objectives(parameters, tasks, objective, splits, settings.batch_size)
+    batches = _Batches(tasks, [learnt for learnt, _ in splits], settings, seed)
+
+    def look() -> list[float]:
+        return _objectives(parameters, tasks, objective, splits, settings.batch_size)
+
+    begun = state is not None
+    state = state or LearningState(_within(parameters.coefficients.clone(), settings.bounds))
+    adam = state.optimizer(settings.learning_rate)
+    parameters.put(state.coefficients)
+    start = state.history[0].objective if begun else look()
     factors = task_factors(settings, start)
-    watch = _Watch(factors, report)
-    watch.look(0, start, coefficients)
-    step = 0
-    for step in range(1, settings.steps + 1):
-        seen = range(len(tasks)) if settings.order == "mixed" else [(step - 1) % len(tasks)]
-        for number in seen:
-            _backward(parameters, tasks[number], objective, number, next(streams[number]), factors[number])
-        coefficients.grad = _finite(parameters.take_gradient(), step)
-        adam.param_groups[0]["lr"] = settings.rate(step)
+    if begun:
+        batches.skip(state.step)
+    else:
+        report(0, state.look(start, factors))
+    while state.step < settings.steps and not (settings.held_out and state.since_best >= settings.patience):
+        state.step += 1
+        for number, rows in batches.of(state.step):
+            _backward(parameters, tasks[number], objective, number, rows, factors[number])
+        state.coefficients.grad = _finite(parameters.take_gradient(), state.step)
+        adam.param_groups[0]["lr"] = settings.rate(state.step)
         adam.step()
-        parameters.put(_within(coefficients, settings.bounds))
-        if step % settings.every == 0 or step == settings.steps:
-            found = _objectives(parameters, tasks, objective, splits, settings.batch_size)
-            watch.look(step, found, coefficients)
-            if settings.held_out and watch.since_best >= settings.patience:
-                break
+        parameters.put(_within(state.coefficients, settings.bounds))
+        if state.step % settings.every == 0 or state.step == settings.steps:
+            report(state.step, state.look(look(), factors))
+            keep(state)
     if settings.held_out:
-        parameters.put(watch.best)
-    best = watch.best_step if settings.held_out else step
+        assert state.best is not None
+        parameters.put(state.best)
+    best = state.best_step if settings.held_out else state.step
     names, groups = tuple(source.name for source in parameters.sources), parameters.groups.names
-    return Learned(names, groups, parameters.coefficients, tuple(watch.history), best, step)
+    return Learned(names, groups, parameters.coefficients, tuple(state.history), best, state.step)
+
+
+class _Batches:
+    """Which rows each step sees: the same for the same seed, whether it was broken off or not."""
+
+    def __init__(
+        self, tasks: Sequence[LearningTask], rows: Sequence[Sequence[int]], settings: Learning, seed: int
+    ) -> None:
+        self.mixed = settings.order == "mixed"
+        self.streams = [
+            minibatches(own, settings.batch_size, random_stream(seed, "minibatches", task.name))
+            for task, own in zip(tasks, rows, strict=True)
+        ]
+
+    def of(self, step: int) -> list[tuple[int, list[int]]]:
+        """The tasks of a step, counted from 1, by number, and the rows of each; steps come in order."""
+        seen = range(len(self.streams)) if self.mixed else [(step - 1) % len(self.streams)]
+        return [(number, next(self.streams[number])) for number in seen]
+
+    def skip(self, steps: int) -> None:
+        """Leave out the first steps."""
+        for step in range(1, steps + 1):
+            self.of(step)
 
 
 def task_factors(settings: Learning, start: Sequence[float]) -> tuple[float, ...]:
@@ -186,31 +207,6 @@ def _finite(gradient: Tensor, step: int) -> Tensor:
     if not bool(gradient.isfinite().all()):
         raise RunError(f"the gradient of the coefficients is not finite at step {step}; try a smaller step size")
     return gradient
-
-
-class _Watch:
-    """The history of the objective, and the best coefficients so far."""
-
-    def __init__(self, factors: Sequence[float], report: Report) -> None:
-        self.factors, self.report = factors, report
-        self.history: list[Look] = []
-        self.best_value, self.best_step, self.since_best = math.inf, 0, 0
-
-    def look(self, step: int, found: Sequence[float], coefficients: Tensor) -> None:
-        """Remember what was measured.
-
-        Raises:
-            RunError: when what is measured is not finite.
-        """
-        value = sum(factor * own for factor, own in zip(self.factors, found, strict=True))
-        if not math.isfinite(value):
-            raise RunError(f"the objective is {value} after {step} steps; try a smaller step size, or bounds")
-        self.history.append(Look(step, tuple(found)))
-        self.since_best += 1
-        if value < self.best_value:
-            self.best_value, self.best_step, self.since_best = value, step, 0
-            self.best = coefficients.clone()
-        self.report(step, value)
 
 
 def _within(coefficients: Tensor, bounds: tuple[float, float] | None) -> Tensor:

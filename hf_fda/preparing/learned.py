@@ -16,6 +16,7 @@ from hf_fda.divergence.coefficients import MergedParameters
 from hf_fda.divergence.learning import Learning, LearningTask, learn
 from hf_fda.divergence.objectives import Divergence, Entropy, Objective
 from hf_fda.divergence.outputs import open_outputs, record
+from hf_fda.divergence.state import LearningState
 from hf_fda.divergence.task_models import source_model, task_model
 from hf_fda.merge_methods.divmerge import DivMergeConfig
 from hf_fda.merge_methods.learned import LearnedConfig
@@ -27,6 +28,9 @@ from hf_fda.version import versions
 
 OUTPUTS = f"{WORK}/outputs"
 """Where the sources' answers lie until the coefficients are learnt."""
+
+STANDS = f"{WORK}/learning/state.safetensors"
+"""Where learning stands, as long as it has not ended."""
 
 
 class LearnedPreparation(CoefficientPreparation):
@@ -101,10 +105,27 @@ class LearnedPreparation(CoefficientPreparation):
             self._how(),
             self.plan.seed,
             lambda step, value: self.run.progress.now(f"learn coefficients, step {step}", value),
+            self._keep,
+            self._kept(),
         )
         measured = "entropy" if not isinstance(config, DivMergeConfig) else f"{config.divergence} divergence"
         history = [Seen(look.step, look.objective) for look in learned.history]
         return self.named(learned.coefficients, parameters.groups, f"{measured}, nats", history, learned.best)
+
+    def _keep(self, state: LearningState) -> None:
+        """Write down where learning stands, from where a run that is broken off goes on."""
+
+        def write(path: Path) -> str:
+            state.write(path)
+            return digest(path)
+
+        self.run.store.write(STANDS, self._key, write)
+
+    def _kept(self) -> LearningState | None:
+        """Where an earlier run stood in learning the same."""
+        if not self.run.store.finished(STANDS, self._key):
+            return None
+        return LearningState.read(self.plan.output / STANDS)
 
     def _how(self) -> Learning:
         config = self.config

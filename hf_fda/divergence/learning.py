@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_fda.data.rows import TaskRows
+from hf_fda.devices import release_memory
 from hf_fda.divergence.coefficients import MergedParameters
 from hf_fda.divergence.objectives import Objective
 from hf_fda.divergence.sampling import minibatches, split
@@ -155,6 +156,7 @@ def learn(
         adam.param_groups[0]["lr"] = settings.rate(state.step)
         adam.step()
         parameters.put(_within(state.coefficients, settings.bounds))
+        release_memory()  # minibatches are of many lengths
         if state.step % settings.every == 0 or state.step == settings.steps:
             report(state.step, state.look(look(), factors))
             keep(state)

@@ -15,7 +15,7 @@ class AdaMergingConfig(LearnedConfig):
     """Options of `adamerging`."""
 
     name: ClassVar[str] = "adamerging"
-    summary: ClassVar[str] = "coefficients of the task vectors by which the outputs are least uncertain"
+    summary: ClassVar[str] = "weights of the sources by which the outputs are least uncertain"
     paper: ClassVar[str] = "AdaMerging, arXiv 2310.02575"
 
     plain_start: ClassVar[float] = 0.3

@@ -18,7 +18,7 @@ class DivMergeConfig(LearnedConfig):
     """Options of `divmerge`."""
 
     name: ClassVar[str] = "divmerge"
-    summary: ClassVar[str] = "coefficients of the task vectors by which the outputs diverge least from each source's"
+    summary: ClassVar[str] = "weights of the sources by which the outputs diverge least from each source's"
     paper: ClassVar[str] = "DivMerge, arXiv 2509.02108"
     takes_anchors: ClassVar[bool] = True
     usual: ClassVar[Initial] = "tsv"

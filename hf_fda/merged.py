@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -21,6 +22,7 @@ from hf_fda.checkpoint.location import Location, locate
 from hf_fda.checkpoint.reader import FileCheckpoint, is_unknown
 from hf_fda.coefficients import COEFFICIENTS, Coefficients
 from hf_fda.errors import InputError, few, nearest
+from hf_fda.notebook import html_table
 from hf_fda.pushing import push
 
 HEADS = "task_heads"
@@ -48,6 +50,24 @@ class Merged:
         """The coefficients of the task vectors, of a merge that learnt them."""
         path = self.folder / COEFFICIENTS
         return Coefficients.read(path) if path.is_file() else None
+
+    def __repr__(self) -> str:
+        return f"Merged({str(self.folder)!r}, {', '.join(f'{label}: {text}' for label, text in self._facts())})"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Merged model in {self.folder}", self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What it is, in words, from what it was recorded as."""
+        path = self.folder / "merge_config.yaml"
+        if not path.is_file():
+            return [("state", "not finished")]
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        names = {"method": "method", "merge_method": "method", "base": "base", "base_model": "base"}
+        facts = [(label, str(record[name])) for name, label in names.items() if name in record]
+        facts += [("sources", ", ".join(record["sources"]))] if "sources" in record else []
+        kind = "adapter" if self.report is not None else "whole model"
+        return [*facts, ("kind", kind), *([("task heads", ", ".join(self.tasks))] if self.tasks else [])]
 
     def load(self, task: str | None = None, **kwargs: Any) -> PreTrainedModel:
         """The transformers model, as `load`."""

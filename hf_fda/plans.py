@@ -21,6 +21,7 @@ from hf_fda.estimate import adapter_bytes, disk_bytes, peak_memory_bytes
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.notebook import html_table
 from hf_fda.prediction import Prediction
 from hf_fda.recipes import Heads, Output
 
@@ -91,30 +92,38 @@ class Plan:
         return tuple(unit for unit in self.units if source.has(unit))
 
     def __str__(self) -> str:
+        return "\n".join([self._title(), *(f"  {label:<9} {text}" for label, text in self._facts())])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), self._facts())
+
+    def _title(self) -> str:
+        return f"Merge of {len(self.inputs.sources)} sources by {self.config.name} into {self.output}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What will be done, in words: what each line is about, and the line."""
         base = self.inputs.base
-        lines = [
-            f"Merge of {len(self.inputs.sources)} sources by {self.config.name} into {self.output}",
-            f"  base      {base.id} ({base.layout.model_class.__name__}, {len(base.names)} tensors)",
-        ]
+        facts = [("base", f"{base.id} ({base.layout.model_class.__name__}, {len(base.names)} tensors)")]
         for source in self.inputs.sources:
             head = next((head for head in self.result.heads if head.task == source.name), None)
             kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
             what = "anchors only" if source.weights is None else _kind(source.weights.checkpoint)
-            lines.append(f"  source    {source.name}: {source.id} ({what}{kept})")
-        lines += [f"  data      {task}: {rows.summary}" for task, rows in self.data.items()]
+            facts.append(("source", f"{source.name}: {source.id} ({what}{kept})"))
+        facts += [("data", f"{task}: {rows.summary}") for task, rows in self.data.items()]
         if self.inputs.vocabulary.summary is not None:
-            lines.append(f"  tokens    {self.inputs.vocabulary.summary}")
+            facts.append(("tokens", self.inputs.vocabulary.summary))
         stated = {**self.config.options(), **self.arguments["options"]}
         options = {name: value for name, value in stated.items() if value is not None}
-        lines.append("  options   " + ", ".join(f"{name}={_brief(value)}" for name, value in options.items()))
-        lines.append(f"  work      {self._work()}")
-        lines.append(f"  writes    {', '.join(self._writes())}")
-        lines.append(f"  memory    about {readable_size(self.peak_memory_bytes)} beside the libraries")
-        lines.append(f"  disk      about {readable_size(self.disk_bytes)}")
+        facts += [
+            ("options", ", ".join(f"{name}={_brief(value)}" for name, value in options.items())),
+            ("work", self._work()),
+            ("writes", ", ".join(self._writes())),
+            ("memory", f"about {readable_size(self.peak_memory_bytes)} beside the libraries"),
+            ("disk", f"about {readable_size(self.disk_bytes)}"),
+        ]
         if self.time is not None:
-            lines.append(f"  time      {self.time}")
-        lines.extend(f"  note      {note}" for note in self.notes)
-        return "\n".join(lines)
+            facts.append(("time", str(self.time)))
+        return facts + [("note", note) for note in self.notes]
 
     def _work(self) -> str:
         rules = [recipe.rule for recipe in self.result.recipes.values()]

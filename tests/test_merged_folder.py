@@ -265,3 +265,15 @@ def test_the_command_does_what_the_function_does(library: Library, tmp_path: Pat
     options: dict[str, Any] = {"initial": "task_arithmetic", "scaling": 0.3, "unit": ["attention", "output"], "seed": 7}
     by_function = merge(base, tasks, "fda", tmp_path / "function", **options)
     assert files(tmp_path / "command") == files(by_function.folder)
+
+
+def test_what_is_merged_says_what_it_is(classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    given = (base, sources, "ties", tmp_path / "<out>")
+    plan = hf_fda.plan(*given, device="cpu")
+    assert plan._repr_html_().count("<tr>") == len(str(plan).splitlines()) - 1
+    merged = hf_fda.merge(*given, device="cpu", quiet=True)
+    for text in (repr(merged), merged._repr_html_()):
+        assert all(word in text for word in ("ties", *sources, "whole model"))
+    assert "&lt;out&gt;" in merged._repr_html_() and "<out>" not in plan._repr_html_()
+    assert "not finished" in repr(hf_fda.Merged(tmp_path / "nothing"))

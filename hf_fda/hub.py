@@ -57,11 +57,18 @@ def _unanswered(error: BaseException, prefix: str) -> str:
     """Why the Hub gave no answer: it refuses, or it cannot be asked."""
     cause = error.__cause__ or error  # the client wraps what really happened
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    if status in (401, 403):
-        return f"the Hub refuses it ({status}); run 'hf auth login' with a token that has the right to it"
+    if status in (401, 402, 403, 413):
+        said = getattr(cause, "server_message", None)
+        why = f"{status}, {first_line_of(said)}" if said else str(status)
+        return f"the Hub refuses it ({why}); run 'hf auth login' with a token that has the right to it"
     return f"{prefix}the Hub cannot be asked ({first_line(cause)})"
 
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its name when it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line_of(str(error)) or type(error).__name__
+
+
+def first_line_of(text: str) -> str:
+    """The first line that is not empty, or nothing."""
+    return next(iter(text.strip().splitlines()), "")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from hf_fda.card_check import check_card
 from hf_fda.errors import InputError
 from hf_fda.hub import hub_errors
+from hf_fda.patience import patiently
 
 REPLACED = {
     "model": ("model*.safetensors", "model.safetensors.index.json", "task_heads/*", "anchors/*"),
@@ -31,23 +34,29 @@ def push(
         the address of the commit.
 
     Raises:
-        InputError: when the folder is neither, or the merge in it is not finished.
+        InputError: when the folder is neither, the merge in it is not finished, its card is broken, or the Hub refuses
+            it; the folder stays as it is. What was uploaded by then is not uploaded again, and readers see nothing
+            before all is there.
     """
     path = Path(folder)
     kind = "dataset" if (path / "anchors.json").is_file() else "model"
     if kind == "model" and not all((path / name).is_file() for name in ("config.json", "merge_config.yaml")):
         raise InputError(f"{folder}: neither a finished merge nor anchors; run its merge to the end first")
+    check_card(path, kind)
     api = HfApi(token=token)
+    make = partial(api.create_repo, repo_id, repo_type=kind, private=private, exist_ok=True)
+    upload = partial(
+        api.upload_folder,
+        repo_id=repo_id,
+        repo_type=kind,
+        folder_path=path,
+        revision=revision,
+        delete_patterns=list(REPLACED[kind]),
+        commit_message="Upload merged model" if kind == "model" else "Upload anchors",
+    )
     with hub_errors(repo_id):
-        api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+        patiently(make, repo_id)
         if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type=kind,
-            folder_path=path,
-            revision=revision,
-            delete_patterns=list(REPLACED[kind]),
-            commit_message="Upload merged model" if kind == "model" else "Upload anchors",
-        )
+            patiently(partial(api.create_branch, repo_id, branch=revision, repo_type=kind, exist_ok=True), repo_id)
+        commit = patiently(upload, repo_id)
     return str(commit)

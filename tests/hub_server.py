@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +33,18 @@ class Refusal(Exception):
     def __init__(self, status: int, code: str = "", headers: dict[str, str] | None = None) -> None:
         super().__init__(status, code)
         self.status, self.code, self.headers = status, code, headers or {}
+
+
+@dataclass
+class Fault:
+    """What goes wrong with some requests: they are refused, or the connection is dropped when part of them was read.
+
+    `request` matches "METHOD /path"; `times` of them fail, after which all is well.
+    """
+
+    request: str
+    refusal: Refusal | None = None
+    times: int = 1
 
 
 @dataclass
@@ -79,6 +92,8 @@ class FakeHub:
         """Files ("org/name/path") that are refused as a whole; parts of them are served."""
         self.read_only = False
         """Whether the token may not write."""
+        self.faults: list[Fault] = []
+        """What goes wrong with the next requests."""
 
     @property
     def endpoint(self) -> str:
@@ -311,8 +326,15 @@ def _handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             path, query = urlsplit(self.path)[2:4]
             hub.asked.append(f"{self.command} {path}")
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            fault = self._fault(f"{self.command} {path}")
+            if fault is not None and fault.refusal is None:
+                self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 1000))
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             body = self._body()
             try:
+                if fault is not None and fault.refusal is not None:
+                    raise fault.refusal
                 if self.command == "POST" and not token:
                     raise Refusal(401)
                 if self.command in ("POST", "PUT") and self.path != "/api/validate-yaml" and hub.read_only:
@@ -331,6 +353,14 @@ def _handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 code = {} if refusal.status == 409 or not refusal.code else {"X-Error-Code": refusal.code}
                 said = refusal.code if refusal.status == 409 else json.dumps({"error": refusal.code})
                 self._send(refusal.status, said.encode(), {**refusal.headers, **code})
+
+        def _fault(self, request: str) -> Fault | None:
+            """What goes wrong with a request."""
+            for fault in hub.faults:
+                if fault.times and re.fullmatch(fault.request, request):
+                    fault.times -= 1
+                    return fault
+            return None
 
         def _send_file(self, found: re.Match[str]) -> None:
             kind, path = "datasets" if found["datasets"] else "models", unquote(found["path"])

@@ -11,12 +11,8 @@ import copy
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import shutil
-import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ import torch
 import transformers as t
 import yaml
 from conftest import TEXT, fine_tune
+from hub_client import TOKEN, Away, environment_of, process
 from hub_server import FakeHub
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -39,9 +36,6 @@ from hf_fda.data.request import Reading
 from hf_fda.errors import HFFDAError, InputError
 from hf_fda.inputs import name_sources, open_inputs
 
-Away = Callable[..., Any]
-
-TOKEN = "hf_of_the_tests"
 SOURCES = {"one": "org/one", "two": "org/two"}
 WEIGHTS = "model.safetensors"
 METHOD = "task_arithmetic"
@@ -50,16 +44,6 @@ BLOCKS = ["encoder.layer.0", "encoder.layer.1"]
 
 
 # -- what runs in the other process --------------------------------------------------------------------------------
-
-
-def guarded(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Call a function; an error that is none of ours comes back as a failed assertion with its whole story."""
-    try:
-        return function(*arguments, **options)
-    except HFFDAError:
-        raise
-    except BaseException:
-        raise AssertionError(traceback.format_exc()) from None
 
 
 def plan(base: str, sources: Any, folder: Path, **options: Any) -> dict[str, Any]:
@@ -139,22 +123,6 @@ def facts_of(unit: UnitAnchors) -> list[Any]:
 # -- the fake Hub and the processes that talk to it -----------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def process(**environment: str) -> Iterator[Away]:
-    """A process with its own environment."""
-    context = multiprocessing.get_context("spawn")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in list(os.environ):
-            if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
-                patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        pool = ProcessPoolExecutor(1, mp_context=context)
-        pool.submit(os.getpid).result()
-    with pool:
-        yield lambda function, *arguments, **options: pool.submit(guarded, function, arguments, options).result()
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes keep what they have downloaded."""
@@ -170,14 +138,7 @@ def server() -> Iterator[FakeHub]:
 
 @pytest.fixture(scope="module")
 def environment(server: FakeHub, home: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": server.endpoint,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(home),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
+    return environment_of(server, home)
 
 
 @pytest.fixture(scope="module")

@@ -226,6 +226,26 @@ def test_a_configuration_of_mergekit_names_the_method(files: Any, tmp_path: Path
     assert torch.equal(weights(tmp_path / "a")["pooler.dense.bias"], weights(tmp_path / "c")["pooler.dense.bias"])
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("distill", {"epochs": 1}), ("regmean", {}), ("fisher", {}), ("adamerging", {"steps": 2})]
+)
+def test_configurations_of_mergekit_name_the_other_methods_that_look_at_data(
+    method: str, options: dict[str, Any], files: Any, tmp_path: Path
+) -> None:
+    base, sources, data = files
+    document = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [{"model": str(folder)} for folder in sources.values()],
+        "parameters": options,
+        "hf_fda": {"data": data},
+    }
+    hf_fda.merge_config(document, tmp_path / "a", quiet=True, device="cpu")
+    hf_fda.merge(base, sources, method, tmp_path / "b", data=data, quiet=True, device="cpu", **options)
+    ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("granularity", ["task", "block", "tensor"])
 def test_anchors_take_the_place_of_rows(granularity: str, classifiers: Any, tmp_path: Path) -> None:
     base, sources = classifiers

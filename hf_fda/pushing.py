@@ -12,7 +12,7 @@ from hf_fda.hub import hub_errors
 
 REPLACED = {
     "model": ("model*.safetensors", "model.safetensors.index.json", "task_heads/*", "anchors/*"),
-    "dataset": ("blocks/*", "index/*"),
+    "dataset": ("blocks/*", "index/*", "rest.safetensors", "task_head/*"),
 }
 """What an earlier upload may have left on the Hub and a new one replaces as a whole."""
 
@@ -24,11 +24,22 @@ def push(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Upload a merged folder, or an anchors folder (then as a dataset), to the Hub.
 
+    Args:
+        folder: what to upload.
+        repo_id: "org/name"; made if it is not there.
+        private: make it private.
+        token: an access token; the saved one if None.
+        revision: a branch; the main one if None.
+        commit_message: of the commit.
+        create_pr: open a pull request with it.
+
     Returns:
-        the address of the commit.
+        the address of the commit, or of the pull request.
 
     Raises:
         InputError: when the folder is neither, or the merge in it is not finished.
@@ -48,6 +59,7 @@ def push(
             folder_path=path,
             revision=revision,
             delete_patterns=list(REPLACED[kind]),
-            commit_message="Upload merged model" if kind == "model" else "Upload anchors",
+            commit_message=commit_message or ("Upload merged model" if kind == "model" else "Upload anchors"),
+            create_pr=create_pr,
         )
-    return str(commit)
+    return str(commit.pr_url or commit)

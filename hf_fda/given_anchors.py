@@ -128,9 +128,15 @@ def _check_unit(source: Source, anchors: FunctionalDualAnchors, unit: Unit, layo
     if path is not None and not path.is_file():
         raise InputError(f"anchors of '{source.name}': {path} is missing; construct or fetch them again")
     try:
-        width = anchors[unit.name].anchors.shape[-1]
+        _, tokens, width = anchors[unit.name].anchors.shape
     except InputError as error:
         raise InputError(f"anchors of '{source.name}': {error}") from None
+    stated = anchors.info.config.get("num_tokens")
+    if stated not in (None, tokens):
+        raise InputError(
+            f"anchors of '{source.name}' ({source.id}): those of block '{unit.name}' have {tokens} tokens and not "
+            f"num_tokens={stated}; construct or fetch them again"
+        )
     widths = {size for name in unit.tensors for size in layout.shapes[name]}
     if width not in widths:
         hidden = layout.config.get_text_config().to_dict().get("hidden_size", "another")

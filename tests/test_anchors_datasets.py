@@ -357,13 +357,13 @@ def test_anchors_show_their_blocks(classifiers: Classifiers, tmp_path: Path) -> 
     assert "and 18 more blocks" in repr(Anchors(many, units))
 
 
-def test_a_manifest_of_an_earlier_version_is_read(classifiers: Classifiers, tmp_path: Path) -> None:
+def test_a_manifest_that_says_less_is_read(classifiers: Classifiers, tmp_path: Path) -> None:
     base, sources = classifiers
     construct(base, sources["two"], tmp_path / "anchors")
     path = tmp_path / "anchors/anchors.json"
     facts = json.loads(path.read_text(encoding="utf-8"))
     old = {name: value for name, value in facts.items() if name not in ("dtype", "rounding", "rest", "head")}
-    old |= {"format": 1, "base": {"id": str(base), "commit": None, "class": "BertModel"}}
+    old |= {"base": {"id": str(base), "commit": None, "class": "BertModel"}}
     path.write_text(json.dumps(old), encoding="utf-8")
     anchors = Anchors.from_pretrained(tmp_path / "anchors")
     merge(base, {"two": anchors}, "fda", tmp_path / "merged")

@@ -19,7 +19,7 @@ from hf_fda.licences import licences_of
 from hf_fda.version import versions
 
 MANIFEST = "anchors.json"
-FORMAT = 2
+FORMAT = 1
 
 STORED_AS = ("float32", "bfloat16", "float16")
 """Types that anchors and targets may be stored in."""

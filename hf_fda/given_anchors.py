@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_fda.anchors.beside import WithRest
 from hf_fda.anchors.container import FunctionalDualAnchors
+from hf_fda.anchors.files import describe
 from hf_fda.blocks import Unit, find_units
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import ModelLayout
@@ -124,11 +125,10 @@ def with_rests(inputs: Inputs) -> Inputs:
 def _check_unit(source: Source, anchors: FunctionalDualAnchors, unit: Unit, layout: ModelLayout) -> None:
     if anchors.on_hub:
         return  # a block is fetched when its turn comes
-    path = None if anchors.in_memory else anchors.file(unit.name)
-    if path is not None and not path.is_file():
-        raise InputError(f"anchors of '{source.name}': {path} is missing; construct or fetch them again")
     try:
-        _, tokens, width = anchors[unit.name].anchors.shape
+        held = anchors.in_memory
+        shape = anchors[unit.name].anchors.shape if held else describe(anchors.file(unit.name))[0]["anchors"].shape
+        _, tokens, width = shape
     except InputError as error:
         raise InputError(f"anchors of '{source.name}': {error}") from None
     stated = anchors.info.config.get("num_tokens")

@@ -197,8 +197,25 @@ def test_a_head_that_is_none_is_refused(place: Place) -> None:
     place.refused("task_head/config.json")
     (place.anchors / "task_head/config.json").write_text(DEEP)
     place.refused("task_head/config.json", "JSON")
-    (place.anchors / "task_head/model.safetensors").unlink()
-    place.refused("task_head/")
+    (place.anchors / "task_head/config.json").unlink()
+    place.refused("task_head/config.json", "missing")
+
+
+@pytest.mark.parametrize(
+    "file", ["rest.safetensors", "task_head/model.safetensors", "blocks/bert.encoder.layer.1.safetensors"]
+)
+def test_files_that_are_missing_are_named(file: str, place: Place) -> None:
+    (place.anchors / file).unlink()
+    place.refused(Path(file).name, "missing")
+    anchors = Anchors.from_pretrained(place.anchors)
+    with pytest.raises(hf_fda.InputError, match="missing"):
+        assert anchors.beside and anchors["bert.encoder.layer.1"]
+
+
+def test_an_index_that_is_none_is_refused(place: Place) -> None:
+    (place.anchors / "index/anchors.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(hf_fda.InputError, match=r"anchors\.parquet"):
+        assert Anchors.from_pretrained(place.anchors).index
 
 
 # -- JSON and YAML ---------------------------------------------------------------------------------------------------

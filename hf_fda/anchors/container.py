@@ -115,8 +115,12 @@ class FunctionalDualAnchors:
             InputError: when the file is missing or damaged.
         """
         if self._location is not None:
-            return read_index(self._location.path(INDEX))
-        return [row_of(block, self[block], self.info.dtype) for block in self]
+            return read_index(self._path(INDEX))
+        units = {block: self[block] for block in self}
+        return [
+            row_of(block, (own.anchors.shape, own.targets.shape), self.info.dtype, vars(own))
+            for block, own in units.items()
+        ]
 
     @cached_property
     def beside(self) -> Beside:
@@ -125,22 +129,23 @@ class FunctionalDualAnchors:
         Raises:
             InputError: when its files are missing, damaged, or not what `anchors.json` says.
         """
-        where = self._location
+        where, info = self._location, self.info
         if where is None:
             return self._beside
-        rest = None if self.info.rest is None else self._stored(where, REST, self.info.rest)
-        if self.info.head is None:
+        rest = None if info.rest is None else self._stored(where, REST, info.rest)
+        if info.head is None:
             return Beside(rest)
+        if where.folder is not None:
+            self._path(HEAD_CONFIG)
         config = where.json(HEAD_CONFIG)
         if not isinstance(config, dict):
             raise InputError(f"{where.id}: {HEAD_CONFIG} is no configuration; fetch the anchors again")
-        return Beside(rest, (self._stored(where, HEAD_WEIGHTS, self.info.head), config))
+        return Beside(rest, (self._stored(where, HEAD_WEIGHTS, info.head), config))
 
-    @staticmethod
-    def _stored(where: Location, file: str, names: tuple[str, ...]) -> FileTensors:
-        """The tensors in a file beside anchors."""
-        if where.folder is not None and not (where.folder / file).is_file():
-            raise InputError(f"{where.id}: {file} is missing; construct or fetch the anchors again")
+    def _stored(self, where: Location, file: str, names: tuple[str, ...]) -> FileTensors:
+        """The tensors in a file beside anchors; one on the Hub is not fetched for it."""
+        if where.folder is not None:
+            self._path(file)
         tensors = FileTensors(where, file)
         if set(tensors.specs) != set(names):
             raise InputError(f"{where.id}: {file} holds other tensors than {MANIFEST} says; fetch the anchors again")
@@ -157,8 +162,15 @@ class FunctionalDualAnchors:
 
     def file(self, block: str) -> Path:
         """The local file of one block; one on the Hub is downloaded into the cache first."""
+        return self._path(unit_file(block))
+
+    def _path(self, file: str) -> Path:
+        """The local path of a file that has to be there."""
         assert self._location is not None
-        return self._location.path(unit_file(block))
+        path = self._location.path(file)
+        if not path.is_file():
+            raise InputError(f"{path} is missing; construct or fetch the anchors again")
+        return path
 
     @classmethod
     def construct(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hf_fda.anchors.rounding import Rounding, stored
 from hf_fda.blocks import Unit
 from hf_fda.cards import anchors_card
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.checkpoint.header import read_header, read_metadata, read_tensor
+from hf_fda.checkpoint.header import TensorEntry, read_header, read_metadata, read_tensor
 from hf_fda.checkpoint.untrusted import parse_json
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import InputError
@@ -66,16 +66,26 @@ def read_unit(path: Path) -> UnitAnchors:
     Raises:
         InputError: when the file is damaged.
     """
+    entries, facts = describe(path)
+    anchors, targets = (read_tensor(path, entries[name]).float() for name in ("anchors", "targets"))
+    return UnitAnchors(anchors, targets, **facts)
+
+
+def describe(path: Path) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    """What a unit's file says in its header: its tensors, and all else that is known of them.
+
+    Raises:
+        InputError: when the file is damaged, or its tensors do not belong together.
+    """
     entries = read_header(path)
     if not {"anchors", "targets"} <= set(entries):
         raise InputError(f"{path}: holds no anchors and targets; construct or fetch them again")
-    anchors, targets = (read_tensor(path, entries[name]).float() for name in ("anchors", "targets"))
-    if anchors.dim() != 3 or targets.dim() != 3 or anchors.shape[:2] != targets.shape[:2]:
+    anchors, targets = entries["anchors"].shape, entries["targets"].shape
+    if len(anchors) != 3 or len(targets) != 3 or anchors[:2] != targets[:2]:
         raise InputError(
-            f"{path}: anchors {tuple(anchors.shape)} and targets {tuple(targets.shape)} do not belong together; "
-            "construct or fetch them again"
+            f"{path}: anchors {anchors} and targets {targets} do not belong together; construct or fetch them again"
         )
-    return UnitAnchors(anchors, targets, **_facts(path))
+    return entries, _facts(path)
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -95,23 +105,24 @@ def _facts(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: what its header says of the anchors is damaged; fetch them again") from None
 
 
-def row_of(block: str, unit: UnitAnchors, dtype: str) -> dict[str, Any]:
+def row_of(block: str, shapes: Sequence[Sequence[int]], dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the index says of a block.
 
     Args:
         block: its name.
-        unit: its anchors.
+        shapes: of anchors and targets.
         dtype: that they are stored in.
+        facts: `loss`, `steps` and `left_out`.
     """
     return {
         "block": block,
         "file": unit_file(block),
-        "shape": list(unit.anchors.shape),
-        "target_shape": list(unit.targets.shape),
+        "shape": list(shapes[0]),
+        "target_shape": list(shapes[1]),
         "dtype": dtype,
-        "loss": unit.loss,
-        "steps": unit.steps,
-        "left_out": list(unit.left_out),
+        "loss": facts["loss"],
+        "steps": facts["steps"],
+        "left_out": list(facts["left_out"]),
     }
 
 
@@ -145,10 +156,11 @@ def write_frame(folder: Path, info: AnchorsInfo, where: str = "PATH_OR_DATASET_I
     rows, rounding = [], {}
     for block in info.units:
         path = folder / unit_file(block)
-        unit = read_unit(path)
-        rows.append(row_of(block, unit, info.dtype) | {"bytes": path.stat().st_size})
-        if unit.rounding is not None:
-            rounding[block] = unit.rounding.to_dict()
+        entries, facts = describe(path)
+        shapes = entries["anchors"].shape, entries["targets"].shape
+        rows.append(row_of(block, shapes, info.dtype, facts) | {"bytes": path.stat().st_size})
+        if facts["rounding"] is not None:
+            rounding[block] = facts["rounding"].to_dict()
     info = replace(info, rounding=rounding)
     (folder / INDEX).parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / INDEX)

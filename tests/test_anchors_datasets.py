@@ -352,6 +352,8 @@ def test_anchors_show_their_blocks(classifiers: Classifiers, tmp_path: Path) -> 
                 assert f"{anchors[block].loss:.4f}" in text
             assert "4 x 5 x 32" in text
             assert "two from base, 2 blocks, with task head" in text
+    (tmp_path / "anchors/index/anchors.parquet").unlink()
+    assert all(block in repr(opened) and block in opened._repr_html_() for block in opened)
     many = replace(held.info, units=tuple(f"layer.{number}" for number in range(30)))
     units = {name: held[held.blocks[0]] for name in many.units}
     assert "and 18 more blocks" in repr(Anchors(many, units))

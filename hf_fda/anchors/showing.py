@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from hf_fda.errors import InputError
+
 if TYPE_CHECKING:
     from hf_fda.anchors.container import FunctionalDualAnchors
 
@@ -17,8 +19,7 @@ COLUMNS = ("block", "anchors", "targets", "stored as", "loss", "steps")
 def as_text(anchors: FunctionalDualAnchors) -> str:
     """A heading and a table of the first blocks; of anchors on the Hub, of which nothing is fetched, their names."""
     heading = f"FunctionalDualAnchors({_heading(anchors)})"
-    names: list[tuple[str, ...]] = [(block,) for block in anchors.blocks]
-    rows = names if anchors.on_hub else [COLUMNS, *_rows(anchors)]
+    rows = _names(anchors) if anchors.on_hub else _table(anchors)
     shown = rows[: LISTED + 1]
     widths = [max(len(row[column]) for row in shown) for column in range(len(shown[0]))] if shown else []
     lines = ["  " + "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)) for row in shown]
@@ -28,9 +29,10 @@ def as_text(anchors: FunctionalDualAnchors) -> str:
 
 def as_html(anchors: FunctionalDualAnchors) -> str:
     """A heading and a table of all blocks; of anchors on the Hub the index is fetched for it, which is small."""
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in _rows(anchors))
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    head, *rows = _table(anchors)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)
+    names = "".join(f"<th>{name}</th>" for name in head)
+    table = f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
     return f"<p><b>FunctionalDualAnchors</b>: {escape(_heading(anchors))}</p>{table}"
 
 
@@ -42,8 +44,18 @@ def _heading(anchors: FunctionalDualAnchors) -> str:
     return f"{info.source['id']} from {info.base['id']}, {len(anchors)} blocks{extra}; {where}"
 
 
-def _rows(anchors: FunctionalDualAnchors) -> list[tuple[str, ...]]:
-    return [
+def _names(anchors: FunctionalDualAnchors) -> list[tuple[str, ...]]:
+    """The blocks' names under their title."""
+    return [COLUMNS[:1], *((block,) for block in anchors.blocks)]
+
+
+def _table(anchors: FunctionalDualAnchors) -> list[tuple[str, ...]]:
+    """What the index says of the blocks, under titles; their names alone where it cannot be had."""
+    try:
+        index = anchors.index
+    except InputError:
+        return _names(anchors)
+    rows = (
         (
             str(row["block"]),
             " x ".join(map(str, row["shape"])),
@@ -52,5 +64,6 @@ def _rows(anchors: FunctionalDualAnchors) -> list[tuple[str, ...]]:
             f"{row['loss']:.4f}",
             str(row["steps"]),
         )
-        for row in anchors.index
-    ]
+        for row in index
+    )
+    return [COLUMNS, *rows]

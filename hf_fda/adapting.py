@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hf_fda.anchors import AnchorBuilder, Moves, Objective, UnitAnchors, adapt_unit
-from hf_fda.anchors.adaptation import Aim
+from hf_fda.anchors import AnchorBuilder, Moves, UnitAnchors, adapt_unit
+from hf_fda.anchors.adaptation import Aim, objective_of
 from hf_fda.blocks import Unit, UnitCall
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.errors import RunError
@@ -100,20 +100,6 @@ def _frozen(config: FDAConfig, unit: Unit, found: Sequence[UnitAnchors], vectors
     if config.parametrization == "parameters":
         return frozen
     return frozen | {name.removeprefix(f"{unit.name}.") for name in unit.tensors if not vectors.may_move(name)}
-
-
-def objective_of(
-    config: FDAConfig, module: nn.Module, call: UnitCall, found: Sequence[UnitAnchors], device: torch.device
-) -> Objective:
-    """What a unit shall match, from the base's unit and the anchors of the sources that move it."""
-    anchors = [own.anchors.to(device) for own in found]
-    targets = [own.targets.to(device) for own in found]
-    assert config.adaptation_distance is not None
-    shifts = None
-    if config.adaptation_distance == "shift":
-        with torch.no_grad():
-            shifts = [target - call(module, own) for own, target in zip(anchors, targets, strict=True)]
-    return Objective(config.adaptation_distance, anchors, targets, shifts, config.metric_power)
 
 
 def _on_states(

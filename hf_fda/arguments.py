@@ -13,14 +13,14 @@ SETTINGS = (
     *("as_adapter", "rank", "energy", "device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code"),
     *("tokenizer", "chat_template", "pad_to_multiple_of"),
 )
-CONFIG_KEYS = ("base", "sources", "method", "options", "data", "anchors", "tokens", *SETTINGS)
+CONFIG_KEYS = ("base", "sources", "method", "options", "data", "anchors", "tokens", "force", *SETTINGS)
 
 
 def merge_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
     """What `merge` and `plan` get: the configuration file, overruled by what the command line says."""
     given = read_config(Path(arguments.config)) if arguments.config else {}
     options = {**read_options(given.pop("options", None)), **method_options(loose)}
-    for name in ("base", "method", "output", *SETTINGS):
+    for name in ("base", "method", "output", "force", *SETTINGS):
         value = getattr(arguments, name)
         if value is not None and value is not False:
             given[name] = value
@@ -43,7 +43,7 @@ def document_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str
     Raises:
         InputError: when the command line says some of the rest too.
     """
-    said = [name for name in ("base", "source", "method", "anchors") if getattr(arguments, name)]
+    said = [name for name in ("base", "source", "method", "anchors", "force") if getattr(arguments, name)]
     said += [name for name, _ in loose]
     if said:
         raise InputError(f"--{said[0].replace('_', '-')}: {arguments.config} says that itself; change it there")
@@ -72,12 +72,13 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: when it is no YAML, or has unknown keys.
     """
-    import yaml
+    from hf_fda.checkpoint.untrusted import parse_yaml
 
+    text = read_text(path)
     try:
-        given = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        given = parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(given, dict):
         raise InputError(f"{path}: must be a mapping with the keys {', '.join(CONFIG_KEYS)}")
     for name in given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,12 @@ import jinja2
 import yaml
 
 from hf_fda.coefficients import HEAT_MAP, can_draw
+from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.version import versions
 
 if TYPE_CHECKING:
     from hf_fda.adapters.report import AdapterReport
-    from hf_fda.anchors.container import AnchorsInfo
+    from hf_fda.anchors.manifest import AnchorsInfo
     from hf_fda.coefficients import Coefficients
 
 
@@ -89,29 +91,48 @@ def model_card(
     )
 
 
-def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], title: str = "Functional dual anchors") -> str:
+def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], where: str = "PATH_OR_DATASET_ID") -> str:
     """The card of an anchors dataset.
 
     Args:
         info: what `anchors.json` records.
         rows: the index, a row a block.
-        title: heading.
+        where: what opens them.
     """
+    models = {"base": info.base, "source": info.source}
+    names = {role: _place(own) for role, own in models.items()}
+    licences = {role: list(own.get("licences") or ["unknown"]) for role, own in models.items()}
+    each = {f"{role} ({n})" if n else role: own for role, all in licences.items() for n, own in enumerate(all)}
+    licence, licence_line = output_licence(each)
+    defaults = FDAConfig().options()
     metadata: dict[str, Any] = {
+        "pretty_name": f"Functional dual anchors of {names['source']}",
         "tags": ["hf_fda", "functional-dual-anchors", "model-merging"],
         "configs": [{"config_name": "default", "data_files": "index/anchors.parquet"}],
     }
+    if licence:
+        metadata["license"] = licence
     return _render(
         "anchors_dataset.md.jinja",
         metadata=metadata,
-        title=title,
-        base=info.base,
-        source=info.source,
-        seed=info.seed,
-        settings={name: _words(value) for name, value in info.config.items()},
+        info=asdict(info),
+        where=where,
+        names=names,
+        commits={role: own.get("commit") or "not on the Hub" for role, own in models.items()},
+        licences={role: " and ".join(own) for role, own in licences.items()},
+        licence_line=licence_line,
+        base_call=f"{info.base['id']}@{info.base['commit']}" if info.base.get("commit") else "PATH_TO_BASE",
+        settings={name: _words(value) for name, value in info.config.items() if value != defaults.get(name)},
+        kept={name: _words(value) for name, value in info.config.items() if value == defaults.get(name)},
         rows=rows,
+        rounding=[{"block": block, **own} for block, own in info.rounding.items()],
         left_out=sorted({name for row in rows for name in row["left_out"]}),
     )
+
+
+def _place(origin: Mapping[str, Any]) -> str:
+    """A model as `anchors.json` records it, for readers elsewhere."""
+    return str(origin["id"]) if origin.get("commit") else f"{Path(origin['id']).name} (a local model)"
 
 
 def output_licence(licences: Mapping[str, str]) -> tuple[str | None, str]:
@@ -132,7 +153,7 @@ def output_licence(licences: Mapping[str, str]) -> tuple[str | None, str]:
     if len(known) > 1:
         return (
             None,
-            f"Licence: the models' licences differ ({_listed(known)}); all of them apply to what is merged.",
+            f"Licence: the models' licences differ ({_listed(known)}); all of them apply to what is made from them.",
         )
     (only,) = known
     return only, f"Licence: {only}, as stated by every model's own card."

@@ -150,6 +150,9 @@ def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> Non
         seed=arguments.seed or 0,
         trust_remote_code=arguments.trust_remote_code,
         output=arguments.output,
+        dtype=arguments.dtype or "float32",
+        include_rest=arguments.with_rest,
+        include_head=arguments.with_head,
         quiet=arguments.quiet,
         **method_options(loose),
     )
@@ -182,7 +185,14 @@ def _extract(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
 def _push(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
     from hf_fda.pushing import push
 
-    address = push(arguments.folder, arguments.repo_id, private=arguments.private or None, revision=arguments.revision)
+    address = push(
+        arguments.folder,
+        arguments.repo_id,
+        private=arguments.private or None,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
+        create_pr=arguments.create_pr,
+    )
     print(address)
 
 

@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--split", action="append", metavar="TASK=SPLIT", help="of its dataset")
         command.add_argument("--output", required=name == "merge", default=None, help="the folder to write")
         command.add_argument("--anchors", action="append", metavar="TASK=DIR", help="anchors made earlier for a source")
+        command.add_argument("--force", action="store_true", help="merge anchors made on another revision of the base")
         command.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter, not a full checkpoint")
         command.add_argument("--rank", type=int, help="of the adapter's factors, at most (default: exact)")
         command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
@@ -88,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--base", required=True, help="folder or Hub id")
     command.add_argument("--source", required=True, help="the fine-tune: folder or Hub id")
     command.add_argument("--output", required=True, help="the folder to write")
+    command.add_argument("--dtype", help="type to store anchors in: float32 (default), bfloat16, float16")
+    command.add_argument("--with-rest", action="store_true", help="add what it changed outside the blocks")
+    command.add_argument("--with-head", action="store_true", help="add its task head")
     _common(command)
 
     command = _command(commands, "extract", "make a PEFT adapter of a full fine-tune")
@@ -113,6 +117,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("repo_id", metavar="REPO_ID")
     command.add_argument("--private", action="store_true")
     command.add_argument("--revision", help="branch to push to")
+    command.add_argument("--commit-message", help="of the commit")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request")
     return parser
 
 

@@ -197,7 +197,7 @@ def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> 
 
 def writing(inputs: Inputs, result: Output, shard: Shard) -> Work:
     """Making one weight file of the merged model."""
-    base, sources = inputs.base, len(inputs.weighted)
+    base, sources = inputs.base, len(inputs.moving)
     work = Work(files=shard.nbytes * 2)
     for name in (name for group in shard.groups for name in group):
         recipe, own = result.recipes[name], result.base_names.get(name)

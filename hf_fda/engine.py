@@ -7,6 +7,7 @@ from pathlib import Path
 from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.assembly import Assembly, CheckpointAssembly
 from hf_fda.errors import InputError, RunError
+from hf_fda.given_anchors import check_base
 from hf_fda.plans import Plan
 from hf_fda.preparing.interface import Preparation
 from hf_fda.preparing.registry import preparation_of
@@ -41,6 +42,7 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
         with together(plan.device) as team:
             return run(plan, quiet, team)
     team.agree(lambda: check_disk(plan) if team.main else None)
+    team.agree(lambda: check_base(plan.inputs, bool(plan.arguments.get("force")), fetch=True))
     with Progress(quiet=quiet or not team.main) as progress:
         try:
             mine = Run(plan, Store(plan.output), TaskVectors(plan.inputs, plan.device, plan.seed), team, progress)

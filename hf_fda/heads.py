@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from hf_fda.blocks import regions
@@ -45,7 +47,8 @@ def has_task_head(layout: ModelLayout) -> bool:
 
 @dataclass(frozen=True)
 class TaskHead:
-    """A source's own tensors after its last block, by their names in the source's memory layout."""
+    """A source's own tensors after its last block, by their names in the source's memory layout; of a head that lies
+    beside anchors, by those in its file."""
 
     task: str
     tensors: tuple[str, ...]
@@ -59,6 +62,12 @@ def task_head(source: AlignedSource) -> TaskHead | None:
     where = regions(layout)
     own = tuple(name for name in source.checkpoint.names if where[name] == "after" or name in source.extra)
     return TaskHead(source.name, own) if own else None
+
+
+def head_files(source: AlignedSource, head: TaskHead) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A task's own tensors by their names in its own checkpoint, and its own configuration."""
+    layout = source.checkpoint.layout
+    return layout.to_disk({name: source.checkpoint.read(name) for name in head.tensors}), layout.written_config()
 
 
 def check_same_heads(sources: tuple[AlignedSource, ...]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_fda.adapters import AdapterCheckpoint, adapter_of, open_source
 from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
-from hf_fda.anchors.files import MANIFEST
+from hf_fda.anchors.manifest import MANIFEST
 from hf_fda.blocks import Unit, find_blocks, regions
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
 from hf_fda.checkpoint.interface import Checkpoint
@@ -25,13 +25,20 @@ from hf_fda.vocabulary import Vocabulary, VocabularyRequest, align_vocabularies,
 class Source:
     """One model to merge: its weights matched to the base, its anchors, or both.
 
-    `name` is the task's name, used for folders and in messages.
+    `name` is the task's name, used for folders and in messages. `rest` is, of a source that is anchors only, what it
+    changed outside the blocks, where that lies beside them and is merged.
     """
 
     name: str
     id: str
     weights: AlignedSource | None = None
     anchors: FunctionalDualAnchors | None = None
+    rest: AlignedSource | None = None
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether what lies outside its blocks is at hand: in its weights, or beside its anchors."""
+        return self.weights is not None or (self.anchors is not None and self.anchors.info.rest is not None)
 
     def has(self, unit: Unit) -> bool:
         """Whether the source has a unit of the base (a vision fine-tune of a CLIP lacks the text tower)."""
@@ -58,6 +65,12 @@ class Inputs:
     def weighted(self) -> tuple[AlignedSource, ...]:
         """The sources that have weights."""
         return tuple(source.weights for source in self.sources if source.weights is not None)
+
+    @property
+    def moving(self) -> tuple[AlignedSource, ...]:
+        """The sources that have task vectors: those with weights, and those whose rest lies beside their anchors."""
+        found = (source.weights or source.rest for source in self.sources)
+        return tuple(own for own in found if own is not None)
 
 
 def open_inputs(

@@ -80,6 +80,8 @@ class Merged:
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
     ) -> str:
         """Upload the folder as a Hub model.
 
@@ -88,11 +90,21 @@ class Merged:
             private: make it private.
             token: an access token; the saved one if None.
             revision: a branch; the main one if None.
+            commit_message: of the commit.
+            create_pr: open a pull request with it.
 
         Returns:
-            the address of the commit.
+            the address of the commit, or of the pull request.
         """
-        return push(self.folder, repo_id, private=private, token=token, revision=revision)
+        return push(
+            self.folder,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
 
 def load(

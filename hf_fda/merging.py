@@ -38,6 +38,7 @@ def merge(
     chat_template: str | None = None,
     pad_to_multiple_of: int | None = None,
     trust_remote_code: bool = False,
+    force: bool = False,
     quiet: bool = False,
     **options: Any,
 ) -> Merged:
@@ -82,6 +83,7 @@ def merge(
                 chat_template=chat_template,
                 pad_to_multiple_of=pad_to_multiple_of,
                 trust_remote_code=trust_remote_code,
+                force=force,
                 **options,
             )
         )

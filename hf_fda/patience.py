@@ -23,15 +23,16 @@ LONGEST = 300.0
 """Seconds to wait at most where the Hub says for how long."""
 
 
-def patiently(call: Callable[[], T], id: str) -> T:
+def patiently(call: Callable[[], T], id: str, tries: int = TRIES) -> T:
     """What `call` gives; asked again, after waits of 1, 2 and 4 seconds or as long as the Hub says, where it failed for
     a reason that may pass. The last failure is raised.
 
     Args:
         call: a request that may be made twice.
         id: the repository, for the log.
+        tries: how often it is made at most.
     """
-    for tried in range(1, TRIES):
+    for tried in range(1, tries):
         try:
             return _bare(call)
         except (HTTPError, OSError) as error:

@@ -17,7 +17,7 @@ from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_sh
 from hf_fda.data.opening import OpenedData, open_data
 from hf_fda.data.request import ANCHORS, Reading
 from hf_fda.errors import InputError
-from hf_fda.given_anchors import agree_with_anchors, check_given
+from hf_fda.given_anchors import agree_with_anchors, check_base, check_given, with_rests
 from hf_fda.inputs import Inputs, open_inputs, with_ties_apart
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.merge_methods.distill import DistillConfig
@@ -63,6 +63,7 @@ def plan(
     chat_template: str | None = None,
     pad_to_multiple_of: int | None = None,
     trust_remote_code: bool = False,
+    force: bool = False,
     processes: int | None = None,
     **options: Any,
 ) -> Plan:
@@ -103,6 +104,7 @@ def plan(
         pad_to_multiple_of: makes the vocabulary the least multiple of this that holds all tokens. None: it has as
             many rows as the model whose tokenizer it is, more only where tokens are added.
         trust_remote_code: run model code that comes with the checkpoints.
+        force: merge anchors although they were constructed on another revision of the base.
         processes: predict how long the merge takes on so many processes (the plan's `time`); this measures the speed
             of the device for a moment. None predicts nothing.
         options: fields of the method's config.
@@ -113,6 +115,7 @@ def plan(
     given = resolve_method(method, options)
     check_wants_data(given, data)
     settings = Settings.checked(output, device, dtype, seed, heads, max_shard_bytes, as_adapter, rank, energy)
+    settings = replace(settings, force=force)
     inputs = open_inputs(
         base, sources, anchors, trust_remote_code, tokenizer, tokens, chat_template, pad_to_multiple_of
     )
@@ -150,6 +153,9 @@ def make_plan(
     check_trim(config, settings, described)
     anchoring = _anchoring(config, inputs, isinstance(rows, str))
     units = _units(anchoring or config, inputs)
+    check_base(inputs, settings.force)
+    if isinstance(config, FDAConfig) and config.rest != "base":
+        inputs = with_rests(inputs)
     result = decide(
         inputs,
         config,
@@ -226,9 +232,14 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
             thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
             config = config.completed(names, family_of(inputs.base.layout), thin)
         return with_source_names(config, names)
-    for role in ("initial", "rest"):
-        if without and getattr(config, role) not in (None, "base"):
-            raise InputError(f"source '{without[0]}' is anchors only; {role} must then be 'base', or give its weights")
+    if without and config.initial not in (None, "base"):
+        raise InputError(f"source '{without[0]}' is anchors only; initial must then be 'base', or give its weights")
+    restless = [source.name for source in inputs.sources if not source.has_rest]
+    if restless and config.rest not in (None, "base"):
+        raise InputError(
+            f"source '{restless[0]}' is anchors only, and its publisher put nothing beside them; rest must then be "
+            "'base', or give its weights"
+        )
     if without and config.parametrization in ("coefficients", "factors"):
         raise InputError(
             f"source '{without[0]}' is anchors only and has no task vector; parametrization must then be 'parameters'"
@@ -240,7 +251,9 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
             f"source '{thick[0]}' is no adapter, so its task vector has no thin factors; parametrization must then be "
             "'coefficients' or 'parameters', or the output an adapter (as_adapter=True)"
         )
-    config = config.with_sources(names, not without, all_thin=not thick, as_adapter=as_adapter)
+    config = config.with_sources(
+        names, not without, all_thin=not thick, as_adapter=as_adapter, all_have_rest=not restless
+    )
     size = hidden_size(inputs.base.config)
     return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)
 

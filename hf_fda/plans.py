@@ -107,7 +107,8 @@ class Plan:
         for source in self.inputs.sources:
             head = next((head for head in self.result.heads if head.task == source.name), None)
             kept = f", keeps its own {len(head.tensors)} tensors after the last block" if head else ""
-            what = "anchors only" if source.weights is None else _kind(source.weights.checkpoint)
+            beside = "anchors only" if source.rest is None else "anchors, and what it changed outside the blocks"
+            what = beside if source.weights is None else _kind(source.weights.checkpoint)
             facts.append(("source", f"{source.name}: {source.id} ({what}{kept})"))
         facts += [("data", f"{task}: {rows.summary}") for task, rows in self.data.items()]
         if self.inputs.vocabulary.summary is not None:

@@ -66,6 +66,8 @@ def record(
         record["data"] = rows
     elif rows:
         record["data"] = {task: dict(opened.record) for task, opened in rows.items()}
+    if settings.force:
+        record["force"] = True
     record |= inputs.asked
     if described is not None:
         record["options"] |= dict.fromkeys(described.varying, "differs by tensor, see merge_config.yaml")

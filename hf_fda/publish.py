@@ -13,14 +13,15 @@ import yaml
 
 from hf_fda.adapters.files import CONFIG, WEIGHTS
 from hf_fda.adapters.report import REPORT, AdapterReport
+from hf_fda.anchors.beside import HeldTensors, Tensors, config_text, write_tensors
 from hf_fda.cards import model_card, shown
-from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.checkpoint.location import INDEX, Location
-from hf_fda.checkpoint.writer import save_tensors, shard_index
+from hf_fda.checkpoint.location import INDEX
+from hf_fda.checkpoint.writer import shard_index
 from hf_fda.coefficients import COEFFICIENTS, HEAT_MAP, Coefficients, can_draw, draw
-from hf_fda.heads import TaskHead
-from hf_fda.inputs import Inputs
+from hf_fda.heads import TaskHead, head_files
+from hf_fda.inputs import Inputs, Source
+from hf_fda.licences import UNKNOWN, licences_of
 from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.plans import Plan
 from hf_fda.provenance import pinned
@@ -102,11 +103,10 @@ def clean(store: Store) -> None:
 
 def write_heads(plan: Plan, store: Store) -> None:
     """Write what is each task's own, and remove the heads of an earlier merge."""
-    for source in plan.inputs.weighted:
-        for head in plan.result.heads:
-            if head.task == source.name:
-                _write_head(store, source, head)
-    heads = {head.task for head in plan.result.heads}
+    heads = {head.task: head for head in plan.result.heads}
+    for source in plan.inputs.sources:
+        if source.name in heads:
+            _write_head(store, source, heads[source.name])
     for folder in (plan.output / "task_heads").glob("*"):
         if folder.name not in heads:
             store.remove(str(Path("task_heads") / folder.name))
@@ -133,6 +133,11 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "base": plan.inputs.base,
         **{source.name: source.checkpoint for source in plan.inputs.weighted},
     }
+    anchored = {
+        source.name: source.anchors.info.source.get("licences") or [UNKNOWN]
+        for source in plan.inputs.sources
+        if source.weights is None and source.anchors is not None
+    }
     return {
         "model_class": (plan.adapter or plan.result).layout.model_class.__name__,
         "model_type": plan.result.layout.config.model_type,
@@ -140,7 +145,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "summary": plan.config.summary,
         "paper": plan.config.paper,
         "notes": list(plan.notes),
-        "licences": {name: _licences(checkpoint) for name, checkpoint in checkpoints.items()},
+        "licences": {name: licences_of(checkpoint) for name, checkpoint in checkpoints.items()} | anchored,
         "models": [pinned(own.id, own.commit) for one in checkpoints.values() for own in one.origins],
         "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
         "data": {task: rows.shown for task, rows in plan.data.items()},
@@ -157,26 +162,6 @@ def _shown(checkpoint: Checkpoint, inputs: Inputs) -> str:
     return names if len(checkpoint.origins) == 1 else f"made of {names}"
 
 
-def _licences(checkpoint: Checkpoint) -> list[str]:
-    """The licences of what a checkpoint is made of, each once, with "unknown" where a card states none."""
-    return list(dict.fromkeys(_licence(own.location) for own in checkpoint.origins))
-
-
-def _licence(location: Location | None) -> str:
-    """The licence that a checkpoint's own card states, or "unknown"."""
-    if location is None or "README.md" not in location.names:
-        return "unknown"
-    text = location.path("README.md").read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return "unknown"
-    try:
-        metadata = yaml.safe_load(text.split("---", 2)[1])
-    except yaml.YAMLError:
-        return "unknown"
-    licence = metadata.get("license") if isinstance(metadata, dict) else None
-    return licence if isinstance(licence, str) else "unknown"
-
-
 def _output_config(plan: Plan) -> str:
     facts = plan.result.layout.written_config()
     if plan.dtype is not None:
@@ -184,13 +169,17 @@ def _output_config(plan: Plan) -> str:
     return json.dumps(facts, indent=2, sort_keys=True) + "\n"
 
 
-def _write_head(store: Store, source: AlignedSource, head: TaskHead) -> None:
+def _write_head(store: Store, source: Source, head: TaskHead) -> None:
     """Write a task's own tensors, in the layout of its own checkpoint, with its own configuration."""
-    layout = source.checkpoint.layout
-    tensors = layout.to_disk({name: source.checkpoint.read(name) for name in head.tensors})
+    if source.weights is not None:
+        held, config = head_files(source.weights, head)
+        tensors: Tensors = HeldTensors(held)
+    else:
+        assert source.anchors is not None and source.anchors.beside.head is not None
+        tensors, config = source.anchors.beside.head
     folder = f"task_heads/{head.task}"
-    store.write(f"{folder}/model.safetensors", "head", lambda path: save_tensors(path, tensors))
-    store.write_text(f"{folder}/config.json", json.dumps(layout.written_config(), indent=2, sort_keys=True) + "\n")
+    store.write(f"{folder}/model.safetensors", "head", lambda path: write_tensors(path, tensors))
+    store.write_text(f"{folder}/config.json", config_text(config))
 
 
 def copy_processors(plan: Plan) -> None:

@@ -11,11 +11,11 @@ from huggingface_hub import HfApi
 from hf_fda.card_check import check_card
 from hf_fda.errors import InputError
 from hf_fda.hub import hub_errors
-from hf_fda.patience import patiently
+from hf_fda.patience import TRIES, patiently
 
 REPLACED = {
     "model": ("model*.safetensors", "model.safetensors.index.json", "task_heads/*", "anchors/*"),
-    "dataset": ("blocks/*", "index/*"),
+    "dataset": ("blocks/*", "index/*", "rest.safetensors", "task_head/*"),
 }
 """What an earlier upload may have left on the Hub and a new one replaces as a whole."""
 
@@ -27,11 +27,22 @@ def push(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Upload a merged folder, or an anchors folder (then as a dataset), to the Hub.
 
+    Args:
+        folder: what to upload.
+        repo_id: "org/name"; made if it is not there.
+        private: make it private.
+        token: an access token; the saved one if None.
+        revision: a branch; the main one if None.
+        commit_message: of the commit.
+        create_pr: open a pull request with it.
+
     Returns:
-        the address of the commit.
+        the address of the commit, or of the pull request.
 
     Raises:
         InputError: when the folder is neither, the merge in it is not finished, its card is broken, or the Hub refuses
@@ -52,11 +63,12 @@ def push(
         folder_path=path,
         revision=revision,
         delete_patterns=list(REPLACED[kind]),
-        commit_message="Upload merged model" if kind == "model" else "Upload anchors",
+        commit_message=commit_message or ("Upload merged model" if kind == "model" else "Upload anchors"),
+        create_pr=create_pr,
     )
     with hub_errors(repo_id):
         patiently(make, repo_id)
         if revision is not None and not revision.startswith("refs/pr"):
             patiently(partial(api.create_branch, repo_id, branch=revision, repo_type=kind, exist_ok=True), repo_id)
-        commit = patiently(upload, repo_id)
-    return str(commit)
+        commit = patiently(upload, repo_id, tries=1 if create_pr else TRIES)  # asked twice, it might open two
+    return str(commit.pr_url or commit)

@@ -13,7 +13,7 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.errors import InputError, few
 from hf_fda.heads import TaskHead, check_same_heads, task_head
-from hf_fda.inputs import Inputs
+from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import MethodConfig
 from hf_fda.merge_methods.linear import LinearConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
@@ -67,8 +67,11 @@ def decide(
         InputError: when sources have tensors that have no place in the output.
     """
     sources = inputs.weighted
-    kept = tuple(head for source in sources if (head := task_head(source)) is not None)
+    kept = tuple(head for source in inputs.sources if (head := _head(source)) is not None)
     if heads == "merge" and kept:
+        given = [source.name for source in inputs.sources if source.weights is None]
+        if given:
+            raise InputError(f"heads='merge': source '{given[0]}' is anchors only; its head can be kept: heads='keep'")
         check_same_heads(sources)
         kept = ()
         merged_heads = True
@@ -96,6 +99,15 @@ def decide(
             recipes[name] = _by_method(here, inside=own.startswith(blocks))
     present = [name for name in recipes if name in base_names or recipes[name].rule == "soup"]
     return Output(layout, {name: recipes[name] for name in present}, base_names, kept)
+
+
+def _head(source: Source) -> TaskHead | None:
+    """A source's task head: in its weights, or beside its anchors."""
+    if source.weights is not None:
+        return task_head(source.weights)
+    assert source.anchors is not None
+    head = source.anchors.beside.head if source.anchors.info.head is not None else None
+    return None if head is None else TaskHead(source.name, tuple(head[0].specs))
 
 
 def _by_method(config: MethodConfig, inside: bool) -> Recipe:

@@ -78,6 +78,10 @@ def check_apart(output: Path, inputs: Inputs) -> None:
         location = checkpoint.location
         if location is not None and location.folder is not None and location.folder.resolve() == output.resolve():
             raise InputError(f"output '{output}' is {name} itself; choose another folder")
+    for source in inputs.sources:
+        folder = source.anchors.folder if source.anchors is not None else None
+        if folder is not None and folder.resolve() == output.resolve():
+            raise InputError(f"output '{output}' is the anchors of '{source.name}' themselves; choose another folder")
 
 
 def check_wants_data(config: MethodConfig, data: Any) -> None:

@@ -38,7 +38,7 @@ class Run:
     def fingerprints(self) -> dict[str, str]:
         """A hash of base and sources, by name; it changes when their weights do, or their vocabularies' rows."""
         inputs = self.plan.inputs
-        named = {source.name: source.checkpoint.fingerprint() for source in inputs.weighted}
+        named = {source.name: source.checkpoint.fingerprint() for source in inputs.moving}
         found = {"": inputs.base.fingerprint(), **named}
         rows = inputs.vocabulary.fingerprint
         return found | {ROWS: rows} if rows else found

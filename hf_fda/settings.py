@@ -29,7 +29,7 @@ class Settings:
     """Where and how a merge is written.
 
     `dtype` is the type of the written weights by name, "auto" for the base's; `budget` that of a merged adapter, None
-    where a whole checkpoint is written.
+    where a whole checkpoint is written. `force` lets anchors of another revision of the base be merged.
     """
 
     output: Path
@@ -39,6 +39,7 @@ class Settings:
     heads: Heads
     max_shard_bytes: int
     budget: Budget | None
+    force: bool = False
 
     @classmethod
     def checked(

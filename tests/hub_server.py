@@ -90,6 +90,8 @@ class FakeHub:
         self.tokens: set[str] = set()
         self.refused: set[str] = set()
         """Files ("org/name/path") that are refused as a whole; parts of them are served."""
+        self.messages: list[str] = []
+        """Of the commits that were made by requests."""
         self.read_only = False
         """Whether the token may not write."""
         self.faults: list[Fault] = []
@@ -234,10 +236,12 @@ class FakeHub:
             raise Refusal(400)
         return {}
 
-    def commit(self, kind: str, id: str, revision: str, lines: bytes) -> dict[str, Any]:
-        """Make a commit of uploaded files."""
+    def commit(self, kind: str, id: str, revision: str, lines: bytes, pull: bool = False) -> dict[str, Any]:
+        """Make a commit of uploaded files, on a branch or as a pull request."""
         repository, branch = self._find(kind, id), unquote(revision)
         files = dict(repository.commits[repository.find(branch)])
+        if pull:
+            branch = "refs/pr/1"
         for line in lines.splitlines():
             operation = json.loads(line)
             value = operation["value"]
@@ -247,9 +251,13 @@ class FakeHub:
                 files[value["path"]] = self.uploaded[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
+            elif operation["key"] == "header":
+                self.messages.append(value["summary"])
         sha = repository.commit(files, branch)
         prefix = "" if kind == "models" else f"{kind}/"
-        return {"success": True, "commitOid": sha, "commitUrl": f"{self.endpoint}/{prefix}{id}/commit/{sha}"}
+        place = f"{self.endpoint}/{prefix}{id}"
+        asked = {"pullRequestUrl": f"{place}/discussions/1"} if pull else {}
+        return {"success": True, "commitOid": sha, "commitUrl": f"{place}/commit/{sha}", **asked}
 
     def _find(self, kind: str, id: str) -> Repository:
         if (kind, id) not in self.repositories:
@@ -269,35 +277,39 @@ def digest(name: str, data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-Routes = list[tuple[str, str, Callable[[dict[str, Any], bytes], Any]]]
+Routes = list[tuple[str, str, Callable[[dict[str, Any], bytes, str], Any]]]
 
 
 def _routes(hub: FakeHub) -> Routes:
-    """Method, address and answer of everything but files; an answer gets what the address matched and the request's
-    body, or its query where it has none."""
+    """Method, address and answer of everything but files; an answer gets what the address matched, the request's body
+    and its query."""
     return [
-        ("GET", rf"{API}(?:/revision/(?P<revision>[^/]+))?", lambda found, _: hub.info(**found)),
+        ("GET", rf"{API}(?:/revision/(?P<revision>[^/]+))?", lambda found, *_: hub.info(**found)),
         (
             "GET",
             rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?",
-            lambda found, query: hub.tree(**found, recursive=b"recursive=true" in query.lower()),
+            lambda found, _, query: hub.tree(**found, recursive="recursive=true" in query.lower()),
         ),
-        ("POST", "/api/repos/create", lambda _, body: hub.create(json.loads(body))),
+        ("POST", "/api/repos/create", lambda _, body, __: hub.create(json.loads(body))),
         ("POST", "/api/validate-yaml", lambda *_: {"warnings": [], "errors": []}),
         (
             "POST",
             rf"{API}/branch/(?P<revision>[^/]+)",
-            lambda found, body: hub.branch(**found, body=json.loads(body or b"{}")),
+            lambda found, body, _: hub.branch(**found, body=json.loads(body or b"{}")),
         ),
         (
             "POST",
             rf"{API}/preupload/(?P<revision>[^/]+)",
-            lambda found, body: hub.preupload(**found, body=json.loads(body)),
+            lambda found, body, _: hub.preupload(**found, body=json.loads(body)),
         ),
-        ("POST", r"/.+\.git/info/lfs/objects/batch", lambda _, body: hub.batch(json.loads(body))),
-        ("PUT", r"/lfs/(?P<oid>\w+)", lambda found, body: hub.put(found["oid"], body)),
-        ("POST", r"/lfs/(?P<oid>\w+)/verify", lambda found, body: hub.verify(found["oid"], json.loads(body))),
-        ("POST", rf"{API}/commit/(?P<revision>[^/]+)", lambda found, body: hub.commit(**found, lines=body)),
+        ("POST", r"/.+\.git/info/lfs/objects/batch", lambda _, body, __: hub.batch(json.loads(body))),
+        ("PUT", r"/lfs/(?P<oid>\w+)", lambda found, body, _: hub.put(found["oid"], body)),
+        ("POST", r"/lfs/(?P<oid>\w+)/verify", lambda found, body, _: hub.verify(found["oid"], json.loads(body))),
+        (
+            "POST",
+            rf"{API}/commit/(?P<revision>[^/]+)",
+            lambda found, body, query: hub.commit(**found, lines=body, pull="create_pr=1" in query),
+        ),
     ]
 
 
@@ -346,7 +358,7 @@ def _handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     return
                 for method, address, answer in routes:
                     if method == self.command and (found := re.fullmatch(address, path)):
-                        self._send(200, json.dumps(answer(found.groupdict(), body or query.encode())).encode(), {})
+                        self._send(200, json.dumps(answer(found.groupdict(), body, query)).encode(), {})
                         return
                 raise Refusal(404)
             except Refusal as refusal:

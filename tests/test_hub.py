@@ -82,9 +82,29 @@ def tensors(id: str, *names: str) -> dict[str, str]:
     return {name: hash_of(checkpoint.read(name)) for name in names}
 
 
-def anchors_pushed(folder: Path, id: str) -> str:
+def anchors_pushed(folder: Path | str, id: str, **options: Any) -> str:
     """The address of pushed anchors."""
-    return hf_fda.FunctionalDualAnchors.from_pretrained(folder).push_to_hub(id)
+    return hf_fda.FunctionalDualAnchors.from_pretrained(folder).push_to_hub(id, **options)
+
+
+def anchors_constructed(base: str, source: str, folder: Path) -> dict[str, Any]:
+    """What `anchors.json` says of the models, of anchors with all that goes beside them."""
+    more: dict[str, Any] = {"include_rest": True, "include_head": True, "quiet": True, "output": folder}
+    info = hf_fda.FunctionalDualAnchors.construct(base, source, "cpu", **more, **ANCHORS).info
+    return {"base": info.base, "source": info.source}
+
+
+def anchors_table(id: str, revision: str | None = None) -> list[dict[str, Any]]:
+    """The table that `datasets` reads of an anchors dataset."""
+    from datasets import load_dataset
+
+    return list(load_dataset(id, split="train", revision=revision))
+
+
+def anchors_shown(id: str) -> tuple[str, str]:
+    """Anchors on the Hub as a terminal and as a notebook shows them."""
+    anchors = hf_fda.FunctionalDualAnchors.from_pretrained(id)
+    return repr(anchors), anchors._repr_html_()
 
 
 def anchors_opened(id: str, *blocks: str, revision: str | None = None) -> tuple[list[str], dict[str, list[Any]]]:
@@ -93,10 +113,10 @@ def anchors_opened(id: str, *blocks: str, revision: str | None = None) -> tuple[
     return anchors.blocks, {block: facts_of(anchors[block]) for block in blocks}
 
 
-def merge_anchors(base: str, ids: list[str], folder: Path) -> Path:
+def merge_anchors(base: str, ids: list[str], folder: Path, **options: Any) -> Path:
     """A merge of anchors alone."""
     opened = {f"task{number}": hf_fda.FunctionalDualAnchors.from_pretrained(id) for number, id in enumerate(ids)}
-    return hf_fda.merge(base, opened, output=folder, device="cpu", quiet=True, epochs=2).folder
+    return hf_fda.merge(base, opened, output=folder, device="cpu", quiet=True, epochs=2, **options).folder
 
 
 def rows_of(base: str, sources: dict[str, str], data: dict[str, Any], **reading: Any) -> dict[str, Any]:
@@ -441,6 +461,16 @@ def test_tensors_of_an_unknown_type_are_refused_by_name(
         away(plan, "org/odd", SOURCES, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["../evil/adapter_config.json", "/etc/evil.py", "a/../../evil.py", "..\\evil.py"])
+def test_a_repository_that_lists_files_outside_itself_is_refused(
+    name: str, hub: FakeHub, away: Away, tmp_path: Path
+) -> None:
+    hub.files("org/one")[name] = b"{}"
+    with pytest.raises(hf_fda.InputError, match=r"source 'one'.*org/one.*outside the repository; refused"):
+        away(merge, "org/base@v1", {"one": "org/one"}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hub_that_is_down_is_named_when_nothing_is_cached(hub: FakeHub, away: Away, tmp_path: Path) -> None:
     hub.stop()
     with pytest.raises(hf_fda.InputError, match=r"base: org/base@v1: .*not in the cache.*[Cc]onnect"):
@@ -734,6 +764,116 @@ def test_anchors_that_cannot_be_had_are_refused_by_name(
     hub.stop()
     with pytest.raises(hf_fda.InputError, match=r"me/unseen: .*Hub cannot be asked.*[Cc]onnect"):
         away(anchors_opened, "me/unseen")
+
+
+@pytest.fixture(scope="module")
+def skills(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Anchors folders of both sources with all that goes beside them."""
+    folder = tmp_path_factory.mktemp("skills")
+    for name in SOURCES:
+        anchors_constructed(str(folders["base-v1"]), str(folders[name]), folder / name)
+    return {name: folder / name for name in SOURCES}
+
+
+def test_a_pushed_skill_is_merged_as_the_source_itself(
+    hub: FakeHub, away: Away, skills: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, folder in skills.items():
+        away(anchors_pushed, folder, f"me/{name}")
+    assert {"rest.safetensors", "task_head/model.safetensors", "task_head/config.json"} < set(
+        hub.files("me/one", kind="datasets")
+    )
+    how = {"initial": "base", "parametrization": "parameters", "epochs": 2, **ANCHORS}
+    del hub.repositories["models", "org/one"], hub.repositories["models", "org/two"]
+    pulled = away(
+        merge, "org/base@v1", {name: f"datasets/me/{name}" for name in SOURCES}, tmp_path / "a", method="fda", **how
+    )
+    whole = merge(
+        str(folders["base-v1"]), {name: folders[name] for name in SOURCES}, tmp_path / "b", method="fda", **how
+    )
+    assert {name for name in contents(pulled) if "anchors" not in name} == set(contents(whole))
+    assert contents(pulled) == contents(whole)
+    assert away(load, pulled, "two")["class"] == "BertForSequenceClassification"
+
+
+def test_a_plan_of_anchors_on_the_hub_fetches_headers_only(
+    hub: FakeHub, away: Away, skills: dict[str, Path], tmp_path: Path
+) -> None:
+    away(anchors_pushed, skills["one"], "me/one")
+    away(plan, "org/base@v1", {"one": "me/one"}, tmp_path / "out")
+    rest = len(hub.files("me/one", kind="datasets")["rest.safetensors"])
+    assert hub.served["me/one/rest.safetensors"] < rest
+    assert not any(name.startswith("me/one/blocks") for name in hub.served)
+
+
+def test_anchors_record_the_models_on_the_hub_and_their_licences(hub: FakeHub, away: Away, tmp_path: Path) -> None:
+    said = away(anchors_constructed, "org/base@v1", "org/one", tmp_path / "anchors")
+    assert said["base"]["id"] == "org/base"
+    assert said["base"]["commit"] == commit_of(hub, "org/base", "v1")
+    assert said["source"]["licences"] == ["apache-2.0"]
+    card = (tmp_path / "anchors/README.md").read_text(encoding="utf-8")
+    assert f'fda.merge("org/base@{commit_of(hub, "org/base", "v1")}"' in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+
+
+def test_anchors_of_another_commit_of_the_base_are_refused_unless_forced(
+    hub: FakeHub, away: Away, tmp_path: Path
+) -> None:
+    away(anchors_constructed, "org/base@v1", "org/one", tmp_path / "anchors")
+    away(anchors_pushed, tmp_path / "anchors", "me/one")
+    with pytest.raises(hf_fda.InputError, match=r"'task0'.*another revision of the base: on 'org/base@.*force=True"):
+        away(merge_anchors, "org/base", ["me/one"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    away(merge_anchors, "org/base", ["me/one"], tmp_path / "merged", force=True)
+    away(merge_anchors, "org/base@v1", ["me/one"], tmp_path / "right")
+
+
+def test_datasets_read_pushed_anchors_as_a_table(hub: FakeHub, away: Away, skills: dict[str, Path]) -> None:
+    away(anchors_pushed, skills["one"], "me/one")
+    first = commit_of(hub, "me/one", kind="datasets")
+    index = hf_fda.FunctionalDualAnchors.from_pretrained(skills["one"]).index
+    away(anchors_pushed, skills["two"], "me/one")
+    assert away(anchors_table, "me/one", first) == index
+    assert away(anchors_table, "me/one") == hf_fda.FunctionalDualAnchors.from_pretrained(skills["two"]).index
+
+
+def test_a_push_of_anchors_takes_what_the_hub_takes(hub: FakeHub, away: Away, skills: dict[str, Path]) -> None:
+    away(anchors_pushed, skills["one"], "me/one", private=True, token="hf_other", commit_message="First", revision="v2")
+    assert hub.repositories["datasets", "me/one"].private
+    assert "hf_other" in hub.tokens
+    assert hub.messages[-1] == "First"
+    assert away(anchors_opened, "me/one", revision="v2")[0] == BLOCKS
+    address = away(anchors_pushed, skills["one"], "me/one", create_pr=True)
+    assert address == f"{hub.endpoint}/datasets/me/one/discussions/1"
+    assert "anchors.json" not in hub.files("me/one", kind="datasets")
+    assert "anchors.json" in hub.files("me/one", "refs/pr/1", kind="datasets")
+    words = ("push", str(skills["one"]), "me/two", "--commit-message", "Second", "--create-pr")
+    assert away(command, *words)[0] == 0
+    assert hub.messages[-1] == "Second"
+
+
+def test_anchors_are_pushed_in_half_precision(
+    hub: FakeHub, away: Away, anchors: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    away(anchors_pushed, anchors["one"], "me/one", dtype="bfloat16", base=str(folders["base-v1"]))
+    sizes = {block: len(hub.files("me/one", kind="datasets")[f"blocks/{block}.safetensors"]) for block in BLOCKS}
+    for block, size in sizes.items():
+        assert size < (anchors["one"] / f"blocks/{block}.safetensors").stat().st_size
+    card = hub.files("me/one", kind="datasets")["README.md"].decode()
+    assert 'from_pretrained("me/one")' in card
+    assert "What storing them as bfloat16 does to a merge" in card
+
+
+def test_anchors_on_the_hub_show_their_names_without_fetching_more(
+    hub: FakeHub, away: Away, anchors: dict[str, Path]
+) -> None:
+    away(anchors_pushed, anchors["one"], "me/one")
+    text, html = away(anchors_shown, "me/one")
+    assert all(block in text and block in html for block in BLOCKS)
+    assert {name for name, size in hub.served.items() if size} == {
+        "me/one/anchors.json",
+        "me/one/index/anchors.parquet",
+    }
 
 
 def test_the_whole_of_a_hub_model_equals_its_file(hub: FakeHub, away: Away, folders: dict[str, Path]) -> None:

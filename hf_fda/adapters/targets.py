@@ -111,7 +111,7 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
     changed = []
     for name, recipe in result.recipes.items():
         base_name = result.base_names[name]
-        moves = any(source.may_move(base_name) for source in inputs.weighted)
+        moves = any(source.may_move(base_name) for source in inputs.moving)
         if recipe.rule != "base" and moves and inputs.base.dtype(base_name).is_floating_point:
             changed.append(base_name)
     strange = [name for name in changed if name not in own_name]
@@ -185,7 +185,7 @@ def adapted_ranks(inputs: Inputs, units: Sequence[Unit], adapter: AdapterPlan | 
         ranks = {name: known[name] for name in names if name in known}
     else:
         matrices = [name for name in names if len(inputs.base.shape(name)) > 1]
-        moved = [name for name in matrices if any(source.may_move(name) for source in inputs.weighted)]
+        moved = [name for name in matrices if any(source.may_move(name) for source in inputs.moving)]
         ranks = {name: _limit(inputs, name) for name in moved}
     return {name: rank for name, rank in ranks.items() if rank < _full_rank(inputs.base.shape(name))}
 
@@ -222,7 +222,7 @@ def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str], budg
 
 def _exact_is_thick(inputs: Inputs, name: str, budget: Budget) -> bool:
     """Whether a tensor's exact factors would be no smaller than itself: a full fine-tune changes it."""
-    moving = [source.checkpoint for source in inputs.weighted if source.may_move(name)]
+    moving = [source.checkpoint for source in inputs.moving if source.may_move(name)]
     return budget == Budget() and any(adapter_of(checkpoint) is None for checkpoint in moving)
 
 
@@ -241,7 +241,7 @@ def _form(inputs: Inputs, name: str, module: nn.Module, part: str, biased: bool)
             return "bias"
         return "whole" if biased and isinstance(module, nn.Embedding) else "factors"
     matrix = len(inputs.base.shape(name)) in (2, 3)
-    thin = all(source.rank(name) is not None for source in inputs.weighted if source.may_move(name))
+    thin = all(source.rank(name) is not None for source in inputs.moving if source.may_move(name))
     if part == "bias" or (part == "weight" and not (matrix and thin)):
         return "whole"
     if matrix:
@@ -279,7 +279,7 @@ def _comes_whole(inputs: Inputs, name: str) -> bool:
         source.checkpoint.replaces(source.tensor_of[name])
         if isinstance(source.checkpoint, AdapterCheckpoint)
         else False
-        for source in inputs.weighted
+        for source in inputs.moving
         if source.may_move(name)
     ]
     return all(adapters)
@@ -289,7 +289,7 @@ def _limit(inputs: Inputs, name: str) -> int:
     """The sum of the ranks of what the sources do to a tensor; its own where one of them is dense."""
     full = _full_rank(inputs.base.shape(name))
     ranks = 0
-    for source in inputs.weighted:
+    for source in inputs.moving:
         if source.may_move(name):
             factors = source.rank(name)
             if factors is None:

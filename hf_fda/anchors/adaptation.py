@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.metric import shift_metric
 from hf_fda.anchors.stepping import Moves, Product, Stepper
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
 from hf_fda.lowrank import LowRank
-from hf_fda.merge_methods.fda import AdaptationDistance, Schedule
+from hf_fda.merge_methods.fda import AdaptationDistance, FDAConfig, Schedule
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,20 @@ class Objective:
     def divisor(self) -> int:
         """What the summed distance is divided by for its mean."""
         return self.targets.numel() if self.kind in ("mse", "mae") else len(self)
+
+
+def objective_of(
+    config: FDAConfig, module: nn.Module, call: UnitCall, found: Sequence[UnitAnchors], device: torch.device
+) -> Objective:
+    """What a unit shall match, from the base's unit and the anchors of the sources that move it."""
+    anchors = [own.anchors.to(device) for own in found]
+    targets = [own.targets.to(device) for own in found]
+    assert config.adaptation_distance is not None
+    shifts = None
+    if config.adaptation_distance == "shift":
+        with torch.no_grad():
+            shifts = [target - call(module, own) for own, target in zip(anchors, targets, strict=True)]
+    return Objective(config.adaptation_distance, anchors, targets, shifts, config.metric_power)
 
 
 def adapt_unit(

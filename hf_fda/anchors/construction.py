@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from hf_fda.anchors.precision import matmul_precision
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import Distance, Optimizer, Precision
+
+if TYPE_CHECKING:
+    from hf_fda.anchors.rounding import Rounding
 
 __all__ = [
     "UnitAnchors",
@@ -43,7 +47,8 @@ class UnitAnchors:
 
     `anchors` are (n, T, d) and `targets` (n, T, d'), float32: the source unit's outputs on them. `loss` is the mean
     over parameter tensors of one minus the cosine between induced gradient and task vector; `cosines` are those
-    cosines by parameter; `left_out` names the parameters without a gradient or without a task vector.
+    cosines by parameter; `left_out` names the parameters without a gradient or without a task vector. `rounding` is
+    what it does to a merge that both were stored in a narrower type, None where they were not.
     """
 
     anchors: Tensor
@@ -52,6 +57,7 @@ class UnitAnchors:
     steps: int
     cosines: dict[str, float]
     left_out: tuple[str, ...] = ()
+    rounding: Rounding | None = None
 
     @property
     def moves(self) -> bool:

@@ -6,24 +6,23 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 
+from hf_fda.anchors.beside import HEAD_CONFIG, HEAD_WEIGHTS, REST, Beside, FileTensors
 from hf_fda.anchors.construction import UnitAnchors
-from hf_fda.anchors.files import (
-    MANIFEST,
-    AnchorsInfo,
-    read_manifest,
-    read_unit,
-    unit_file,
-    write_frame,
-    write_unit,
-)
-from hf_fda.anchors.making import Making
+from hf_fda.anchors.files import INDEX, read_index, read_unit, row_of, unit_file, write_frame, write_unit
+from hf_fda.anchors.making import Making, Wanted
+from hf_fda.anchors.manifest import MANIFEST, AnchorsInfo, read_manifest
+from hf_fda.anchors.narrowing import Narrowing
+from hf_fda.anchors.showing import as_html, as_text
 from hf_fda.checkpoint.hashed import digest
+from hf_fda.checkpoint.location import Location
+from hf_fda.checkpoint.untrusted import check_link
 from hf_fda.errors import InputError, nearest
 from hf_fda.hub import hub_errors
 from hf_fda.processes import together
@@ -46,9 +45,8 @@ class FunctionalDualAnchors:
     Args:
         info: what they are.
         units: their tensors by unit, or None when they lie in files.
-        folder: where the files lie.
-        repo_id: the Hub dataset that they come from.
-        revision: its revision.
+        location: where the files lie.
+        beside: what lies beside anchors in memory.
     """
 
     def __init__(
@@ -56,13 +54,17 @@ class FunctionalDualAnchors:
         info: AnchorsInfo,
         units: dict[str, UnitAnchors] | None = None,
         *,
-        folder: Path | None = None,
-        repo_id: str | None = None,
-        revision: str | None = None,
+        location: Location | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self.info = info
-        self._units = units
-        self._folder, self._repo_id, self._revision = folder, repo_id, revision
+        self._units, self._location, self._beside = units, location, beside or Beside()
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     @property
     def blocks(self) -> list[str]:
@@ -90,14 +92,64 @@ class FunctionalDualAnchors:
     @property
     def on_hub(self) -> bool:
         """Whether their files are on the Hub."""
-        return self._repo_id is not None
+        return self._location is not None and self._location.folder is None
 
     @property
     def origin(self) -> str | None:
         """The folder or dataset ("datasets/org/name@commit") they were opened from; None when in memory only."""
-        if self._folder is not None:
-            return str(self._folder)
-        return f"{ON_HUB}{self._repo_id}@{self._revision}" if self._repo_id is not None else None
+        where = self._location
+        if where is None or where.folder is not None:
+            return None if where is None else str(where.folder)
+        return f"{ON_HUB}{where.repo_id}@{where.commit}"
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder they were opened from; None when they are on the Hub or in memory only."""
+        return None if self._location is None else self._location.folder
+
+    @property
+    def index(self) -> list[dict[str, Any]]:
+        """A row a block, as `index/anchors.parquet` holds them: its file, shapes, type, loss and steps.
+
+        Raises:
+            InputError: when the file is missing or damaged.
+        """
+        if self._location is not None:
+            return read_index(self._path(INDEX))
+        units = {block: self[block] for block in self}
+        return [
+            row_of(block, (own.anchors.shape, own.targets.shape), self.info.dtype, vars(own))
+            for block, own in units.items()
+        ]
+
+    @cached_property
+    def beside(self) -> Beside:
+        """What their publisher put beside them: the source's other tensors, its task head.
+
+        Raises:
+            InputError: when its files are missing, damaged, or not what `anchors.json` says.
+        """
+        where, info = self._location, self.info
+        if where is None:
+            return self._beside
+        rest = None if info.rest is None else self._stored(where, REST, info.rest)
+        if info.head is None:
+            return Beside(rest)
+        if where.folder is not None:
+            self._path(HEAD_CONFIG)
+        config = where.json(HEAD_CONFIG)
+        if not isinstance(config, dict):
+            raise InputError(f"{where.id}: {HEAD_CONFIG} is no configuration; fetch the anchors again")
+        return Beside(rest, (self._stored(where, HEAD_WEIGHTS, info.head), config))
+
+    def _stored(self, where: Location, file: str, names: tuple[str, ...]) -> FileTensors:
+        """The tensors in a file beside anchors; one on the Hub is not fetched for it."""
+        if where.folder is not None:
+            self._path(file)
+        tensors = FileTensors(where, file)
+        if set(tensors.specs) != set(names):
+            raise InputError(f"{where.id}: {file} holds other tensors than {MANIFEST} says; fetch the anchors again")
+        return tensors
 
     def digest(self, block: str) -> str:
         """A hash of one block's tensors (of its file's bytes, where it lies in one)."""
@@ -110,11 +162,15 @@ class FunctionalDualAnchors:
 
     def file(self, block: str) -> Path:
         """The local file of one block; one on the Hub is downloaded into the cache first."""
-        if self._folder is not None:
-            return self._folder / unit_file(block)
-        assert self._repo_id is not None
-        with hub_errors(self._repo_id, file=unit_file(block)):
-            return Path(hf_hub_download(self._repo_id, unit_file(block), revision=self._revision, repo_type="dataset"))
+        return self._path(unit_file(block))
+
+    def _path(self, file: str) -> Path:
+        """The local path of a file that has to be there."""
+        assert self._location is not None
+        path = self._location.path(file)
+        if not path.is_file():
+            raise InputError(f"{path} is missing; construct or fetch the anchors again")
+        return path
 
     @classmethod
     def construct(
@@ -126,6 +182,9 @@ class FunctionalDualAnchors:
         trust_remote_code: bool = False,
         *,
         output: str | os.PathLike[str] | None = None,
+        dtype: str = "float32",
+        include_rest: bool = False,
+        include_head: bool = False,
         quiet: bool = False,
         **options: Any,
     ) -> FunctionalDualAnchors:
@@ -143,21 +202,36 @@ class FunctionalDualAnchors:
             output: a folder to write them to block by block; interrupted, the same call goes on there. None keeps
                 them in memory.
             quiet: show no progress.
-            options: fields of `FDAConfig`.
+            options: fields of `FDAConfig`; those of adaptation only matter where a half type's effect is measured.
 
         Raises:
-            InputError: when base or source cannot be used or do not belong together.
+            InputError: when base or source cannot be used or do not belong together, or a source without a task head is
+                to give one.
             RunError: when a loss becomes infinite or not a number.
         """
+        wanted = Wanted(dtype, include_rest, include_head)
         with together(device) as team:
-            making = team.agree(lambda: Making.prepare(base, source, device, seed, trust_remote_code, output, options))
+            making = team.agree(
+                lambda: Making.prepare(base, source, device, seed, trust_remote_code, output, wanted, options)
+            )
             if making.folder is None:
-                return cls(*making.in_memory(team))
-            return cls(making.on_disk(team, quiet), folder=making.folder)
+                info, units, beside = making.in_memory(team)
+                return cls(info, units, beside=beside)
+            info = making.on_disk(team, quiet)
+            return cls(info, location=Location(str(making.folder), making.folder, kind="dataset"))
 
     @classmethod
-    def from_pretrained(cls, id: str | os.PathLike[str], revision: str | None = None) -> FunctionalDualAnchors:
+    def from_pretrained(
+        cls, id: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+    ) -> FunctionalDualAnchors:
         """Open anchors: a folder, or a Hub dataset ("org/name", "org/name@revision", "datasets/org/name").
+
+        Of a dataset only `anchors.json` is fetched; a block's file when it is asked for.
+
+        Args:
+            id: the folder or the dataset.
+            revision: a branch, tag or commit of the dataset; wins over one inside `id`.
+            token: an access token; the saved one if None.
 
         Raises:
             InputError: when there is no such folder or dataset, or it holds no anchors.
@@ -167,26 +241,56 @@ class FunctionalDualAnchors:
         if folder.is_dir():
             if not (folder / MANIFEST).is_file():
                 raise InputError(f"{text}: no {MANIFEST} in it, so it is no anchors folder")
-            return cls(read_manifest(folder / MANIFEST), folder=folder)
+            check_link(folder / MANIFEST, folder)
+            return cls(read_manifest(folder / MANIFEST), location=Location(text, folder, kind="dataset"))
         repo_id, _, inside = text.removeprefix(ON_HUB).partition("@")
         with hub_errors(text, "no such folder, and "):
-            api = HfApi()
+            api = HfApi(token=token)
             commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision or inside or None).resolved
         with hub_errors(text, "no such folder, and ", file=MANIFEST):
-            path = hf_hub_download(repo_id, MANIFEST, revision=commit, repo_type="dataset")
-        return cls(read_manifest(Path(path)), repo_id=repo_id, revision=commit)
+            path = hf_hub_download(repo_id, MANIFEST, revision=commit, repo_type="dataset", token=token)
+        location = Location(repo_id, repo_id=repo_id, commit=commit, kind="dataset", token=token)
+        return cls(read_manifest(Path(path)), location=location)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the anchors as a folder: a card, `anchors.json`, a parquet index and one safetensors file a block."""
-        target = Path(folder)
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], dtype: str | None = None, base: Any = None, device: str = "auto"
+    ) -> None:
+        """Write the anchors as a folder: a card, `anchors.json`, a parquet index and one safetensors file a block, with
+        what lies beside them.
+
+        Args:
+            folder: where.
+            dtype: type to store anchors and targets in, as `construct`; None: the one they have.
+            base: what they were constructed from, to measure what a narrower type does to a merge; needed where it is
+                not on the Hub.
+            device: where to measure that.
+
+        Raises:
+            InputError: when the type cannot be used, or there is no base to measure with.
+        """
+        self._write(Path(folder), Narrowing.of(self.info, dtype, base, device))
+
+    def _write(self, target: Path, narrowing: Narrowing, where: str = "PATH_OR_DATASET_ID") -> None:
+        """Write the folder; its card says that `where` opens the anchors."""
+        (target / MANIFEST).unlink(missing_ok=True)
         for block in self:
             path = target / unit_file(block)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_unit(path, self[block])
-        write_frame(target, self.info)
+            write_unit(path, narrowing.stored(block, self[block]), narrowing.info.dtype)
+        self.beside.write(target)
+        write_frame(target, narrowing.info, where)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        dtype: str | None = None,
+        base: Any = None,
     ) -> str:
         """Upload the anchors as a Hub dataset.
 
@@ -195,13 +299,25 @@ class FunctionalDualAnchors:
             private: make it private.
             token: an access token; the saved one if None.
             revision: a branch; the main one if None.
+            commit_message: of the commit.
+            create_pr: open a pull request with it.
+            dtype: type to store anchors and targets in, as `save_pretrained`; so is `base`.
+            base: as `save_pretrained`.
 
         Returns:
-            the address of the commit.
+            the address of the commit, or of the pull request.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push(folder, repo_id, private=private, token=token, revision=revision)
+            self._write(Path(folder), Narrowing.of(self.info, dtype, base, "auto"), repo_id)
+            return push(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
 
 
 def hidden_size(config: Any) -> int:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import torch
 from pyarrow import parquet
 
+from hf_fda.anchors.beside import Beside
 from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors
+from hf_fda.anchors.manifest import MANIFEST, AnchorsInfo, manifest
+from hf_fda.anchors.rounding import Rounding, stored
 from hf_fda.blocks import Unit
 from hf_fda.cards import anchors_card
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.checkpoint.header import read_header, read_tensor
+from hf_fda.checkpoint.header import TensorEntry, read_header, read_metadata, read_tensor
+from hf_fda.checkpoint.untrusted import parse_json
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import InputError
 from hf_fda.progress import Progress, logger
@@ -24,27 +29,7 @@ from hf_fda.stages import Piece
 from hf_fda.store import Store, key_of
 from hf_fda.version import versions
 
-MANIFEST = "anchors.json"
 INDEX = "index/anchors.parquet"
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class AnchorsInfo:
-    """What `anchors.json` says: the units in the model's order, the construction's options, where it came from."""
-
-    units: tuple[str, ...]
-    config: dict[str, Any]
-    base: dict[str, Any]
-    source: dict[str, Any]
-    seed: int
-    versions: dict[str, str] = field(default_factory=versions)
-    format: int = FORMAT
-
-    def to_json(self) -> str:
-        """The text of `anchors.json`."""
-        facts = {**self.__dict__, "units": list(self.units)}
-        return json.dumps(facts, indent=2) + "\n"
 
 
 def unit_file(unit: str) -> str:
@@ -52,15 +37,27 @@ def unit_file(unit: str) -> str:
     return f"blocks/{unit}.safetensors"
 
 
-def write_unit(path: Path, unit: UnitAnchors) -> str:
-    """Write one unit's anchors and targets; loss, steps and cosines go into the file's header. The file's hash."""
+def write_unit(path: Path, unit: UnitAnchors, dtype: str) -> str:
+    """Write one unit's anchors and targets; all else that is known of them goes into the file's header.
+
+    Args:
+        path: of the file.
+        unit: the anchors; what they hold has to fit the type.
+        dtype: to store them in.
+
+    Returns:
+        the file's hash.
+    """
     metadata = {
         "loss": repr(unit.loss),
         "steps": str(unit.steps),
         "cosines": json.dumps(unit.cosines),
         "left_out": json.dumps(unit.left_out),
     }
-    return save_tensors(path, {"anchors": unit.anchors, "targets": unit.targets}, metadata)
+    if unit.rounding is not None:
+        metadata["rounding"] = json.dumps(unit.rounding.to_dict())
+    kind = getattr(torch, dtype)
+    return save_tensors(path, {"anchors": unit.anchors.to(kind), "targets": unit.targets.to(kind)}, metadata)
 
 
 def read_unit(path: Path) -> UnitAnchors:
@@ -69,68 +66,107 @@ def read_unit(path: Path) -> UnitAnchors:
     Raises:
         InputError: when the file is damaged.
     """
-    entries, metadata = read_header(path), read_metadata(path)
-    return UnitAnchors(
-        read_tensor(path, entries["anchors"]).float(),
-        read_tensor(path, entries["targets"]).float(),
-        loss=float(metadata.get("loss", "nan")),
-        steps=int(metadata.get("steps", 0)),
-        cosines=json.loads(metadata.get("cosines", "{}")),
-        left_out=tuple(json.loads(metadata.get("left_out", "[]"))),
-    )
+    entries, facts = describe(path)
+    anchors, targets = (read_tensor(path, entries[name]).float() for name in ("anchors", "targets"))
+    return UnitAnchors(anchors, targets, **facts)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free words in a safetensors file's header."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return dict(json.loads(file.read(length)).get("__metadata__", {}))
-
-
-def write_frame(folder: Path, info: AnchorsInfo) -> None:
-    """Write what surrounds the blocks of an anchors folder: index, card and, last, `anchors.json`."""
-    rows = []
-    for unit in info.units:
-        path = folder / unit_file(unit)
-        entries, metadata = read_header(path), read_metadata(path)
-        rows.append(
-            {
-                "block": unit,
-                "file": unit_file(unit),
-                "shape": list(entries["anchors"].shape),
-                "target_shape": list(entries["targets"].shape),
-                "dtype": str(entries["anchors"].dtype).removeprefix("torch."),
-                "loss": float(metadata["loss"]),
-                "steps": int(metadata["steps"]),
-                "left_out": list(json.loads(metadata.get("left_out", "[]"))),
-            }
-        )
-    (folder / INDEX).parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / INDEX)
-    (folder / "README.md").write_text(anchors_card(info, rows), encoding="utf-8")
-    (folder / MANIFEST).write_text(info.to_json(), encoding="utf-8")
-
-
-def provenance(checkpoint: Any) -> dict[str, Any]:
-    """Where a checkpoint came from, as plain values."""
-    return {"id": checkpoint.id, "commit": checkpoint.commit, "class": checkpoint.layout.model_class.__name__}
-
-
-def read_manifest(path: Path) -> AnchorsInfo:
-    """Read `anchors.json`.
+def describe(path: Path) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    """What a unit's file says in its header: its tensors, and all else that is known of them.
 
     Raises:
-        InputError: when it is damaged or written by a newer version.
+        InputError: when the file is damaged, or its tensors do not belong together.
+    """
+    entries = read_header(path)
+    if not {"anchors", "targets"} <= set(entries):
+        raise InputError(f"{path}: holds no anchors and targets; construct or fetch them again")
+    anchors, targets = entries["anchors"].shape, entries["targets"].shape
+    if len(anchors) != 3 or len(targets) != 3 or anchors[:2] != targets[:2]:
+        raise InputError(
+            f"{path}: anchors {anchors} and targets {targets} do not belong together; construct or fetch them again"
+        )
+    return entries, _facts(path)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a unit's file says of its anchors beside the tensors."""
+    words = read_metadata(path)
+    try:
+        rounding = parse_json(words["rounding"]) if "rounding" in words else None
+        cosines = parse_json(words.get("cosines", "{}"))
+        return {
+            "loss": float(words.get("loss", "nan")),
+            "steps": int(words.get("steps", "0")),
+            "cosines": {str(name): float(cosine) for name, cosine in cosines.items()},
+            "left_out": tuple(map(str, parse_json(words.get("left_out", "[]")))),
+            "rounding": None if rounding is None else Rounding(**{name: float(own) for name, own in rounding.items()}),
+        }
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(f"{path}: what its header says of the anchors is damaged; fetch them again") from None
+
+
+def row_of(block: str, shapes: Sequence[Sequence[int]], dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index says of a block.
+
+    Args:
+        block: its name.
+        shapes: of anchors and targets.
+        dtype: that they are stored in.
+        facts: `loss`, `steps` and `left_out`.
+    """
+    return {
+        "block": block,
+        "file": unit_file(block),
+        "shape": list(shapes[0]),
+        "target_shape": list(shapes[1]),
+        "dtype": dtype,
+        "loss": facts["loss"],
+        "steps": facts["steps"],
+        "left_out": list(facts["left_out"]),
+    }
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """The rows of an index, one a block.
+
+    Raises:
+        InputError: when the file is missing or damaged.
     """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] > FORMAT:
-            raise InputError(f"{path}: written by a newer hf_fda (format {facts['format']}); update hf_fda")
-        return AnchorsInfo(**{**facts, "units": tuple(facts["units"])})
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: damaged ({error}); construct or fetch the anchors again") from None
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read ({error}); construct or fetch the anchors again") from None
+    needed = {"block", "shape", "target_shape", "dtype", "loss", "steps"}
+    if not all(needed <= set(row) for row in rows):
+        raise InputError(f"{path}: is no index of anchors; construct or fetch them again")
+    return rows
+
+
+def write_frame(folder: Path, info: AnchorsInfo, where: str = "PATH_OR_DATASET_ID") -> AnchorsInfo:
+    """Write what surrounds the blocks of an anchors folder: index, card and, last, `anchors.json`.
+
+    Args:
+        folder: the anchors folder.
+        info: what `anchors.json` will say, but for what the blocks' files say.
+        where: what the card says opens the anchors.
+
+    Returns:
+        what `anchors.json` says.
+    """
+    rows, rounding = [], {}
+    for block in info.units:
+        path = folder / unit_file(block)
+        entries, facts = describe(path)
+        shapes = entries["anchors"].shape, entries["targets"].shape
+        rows.append(row_of(block, shapes, info.dtype, facts) | {"bytes": path.stat().st_size})
+        if facts["rounding"] is not None:
+            rounding[block] = facts["rounding"].to_dict()
+    info = replace(info, rounding=rounding)
+    (folder / INDEX).parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / INDEX)
+    (folder / "README.md").write_text(anchors_card(info, rows, where), encoding="utf-8")
+    (folder / MANIFEST).write_text(info.to_json(), encoding="utf-8")
+    return info
 
 
 @dataclass(frozen=True)
@@ -143,6 +179,7 @@ class Construction:
         builder: makes anchors.
         source: for which model.
         fingerprints: hashes of the base's and the source's weights.
+        dtype: that they are stored in.
     """
 
     store: Store
@@ -150,6 +187,7 @@ class Construction:
     builder: AnchorBuilder
     source: AlignedSource
     fingerprints: tuple[str, str]
+    dtype: str = "float32"
 
     @property
     def folder(self) -> Path:
@@ -157,9 +195,11 @@ class Construction:
         return self.store.folder / self.prefix
 
     def key(self, unit: Unit) -> str:
-        """A hash of everything that determines a unit's anchors."""
-        options = self.builder.config.construction()
-        return key_of("anchors", unit.name, options, self.fingerprints, self.builder.seed, versions())
+        """A hash of everything that determines a unit's file."""
+        config = self.builder.config
+        options = config.construction()
+        narrow = () if self.dtype == "float32" else (self.dtype, config.options())
+        return key_of("anchors", unit.name, options, self.fingerprints, self.builder.seed, versions(), *narrow)
 
     def piece(self, unit: Unit, cost: float, progress: Progress) -> Piece:
         """The work of making one unit's anchors.
@@ -172,19 +212,18 @@ class Construction:
         what = f"construct {self.source.name} {unit.name}"
 
         def make() -> Callable[[Path], str]:
-            anchors = self.builder.build(self.source, unit, lambda step, loss: progress.now(what, loss))
+            built = self.builder.build(self.source, unit, lambda step, loss: progress.now(what, loss))
+            anchors = stored(self.builder, unit, built, self.dtype)
             if anchors.left_out:
                 logger.debug("%s: no gradient or no task vector for %s", what, ", ".join(anchors.left_out))
-            return lambda path: write_unit(path, anchors)
+            return lambda path: write_unit(path, anchors, self.dtype)
 
         return Piece(what, f"{self.prefix}{unit_file(unit.name)}", self.key(unit), cost, make)
 
-    def info(self, units: Iterable[Unit]) -> AnchorsInfo:
-        """What the manifest of these units says."""
-        names = tuple(unit.name for unit in units)
-        base, source = provenance(self.builder.base), provenance(self.source.checkpoint)
-        return AnchorsInfo(names, self.builder.config.construction(), base, source, self.builder.seed)
-
-    def frame(self, units: Iterable[Unit]) -> None:
-        """Write index, card and manifest around complete blocks."""
-        write_frame(self.folder, self.info(units))
+    def frame(self, units: Sequence[Unit], beside: Beside) -> AnchorsInfo:
+        """Write index, card, manifest and what else belongs there around complete blocks; what the manifest says."""
+        builder = self.builder
+        beside.write(self.folder)
+        what = {"dtype": self.dtype, **beside.described()}
+        options = builder.config.construction()
+        return write_frame(self.folder, manifest(builder.base, self.source, units, options, builder.seed, **what))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_fda.adapters import open_source
+from hf_fda.anchors.beside import Beside, check_beside
 from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors
-from hf_fda.anchors.files import AnchorsInfo, Construction, provenance
+from hf_fda.anchors.files import Construction
+from hf_fda.anchors.manifest import MANIFEST, AnchorsInfo, check_dtype, manifest, read_manifest
+from hf_fda.anchors.rounding import rounding_of, stored
 from hf_fda.blocks import Unit, family_of, find_units
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
 from hf_fda.checkpoint.interface import Checkpoint
@@ -36,6 +39,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is made beside a source's blocks, and how it is stored, as `FunctionalDualAnchors.construct` takes it."""
+
+    dtype: str = "float32"
+    rest: bool = False
+    head: bool = False
+
+
+@dataclass(frozen=True)
 class Making:
     """The anchors of one model, ready to be made: of which model, how, and into which folder (None: memory)."""
 
@@ -43,6 +55,7 @@ class Making:
     source: AlignedSource
     builder: AnchorBuilder
     folder: Path | None
+    wanted: Wanted
 
     @classmethod
     def prepare(
@@ -53,6 +66,7 @@ class Making:
         seed: int,
         trust_remote_code: bool,
         output: str | os.PathLike[str] | None,
+        wanted: Wanted,
         options: Mapping[str, Any],
     ) -> Making:
         """Open base and source and check that they belong together; arguments as `FunctionalDualAnchors.construct`.
@@ -62,22 +76,21 @@ class Making:
         """
         config = resolve_method("fda", options)
         assert isinstance(config, FDAConfig)
+        check_dtype(wanted.dtype)
         theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
         tuned = align(theta, open_source(theta, source, trust_remote_code), "source")
-        size = getattr(theta.config, "hidden_size", None) or theta.config.get_text_config().hidden_size
-        config = config.for_family(family_of(theta.layout), int(size))
-        units = find_units(theta.layout, config.unit or ("block",))
-        check_shapes(theta, tuned, [name for unit in units for name in unit.tensors])
-        builder = AnchorBuilder(theta, units, config, resolve_device(device), seed)
-        return cls(theta, tuned, builder, None if output is None else new_folder(output))
+        builder = builder_of(theta, config, device, seed)
+        check_shapes(theta, tuned, [name for unit in builder.units for name in unit.tensors])
+        check_beside(theta, tuned, wanted.rest, wanted.head)
+        return cls(theta, tuned, builder, None if output is None else new_folder(output), wanted)
 
-    def in_memory(self, team: Team) -> tuple[AnchorsInfo, dict[str, UnitAnchors]]:
+    def in_memory(self, team: Team) -> tuple[AnchorsInfo, dict[str, UnitAnchors], Beside]:
         """Make the anchors; every process gets all of them."""
         check_same(self._facts(team), team)
         units = self.builder.units
         owners = assign([self._cost(unit) for unit in units], team.count)
         own = {
-            unit.name: self.builder.build(self.source, unit)
+            unit.name: stored(self.builder, unit, self.builder.build(self.source, unit), self.wanted.dtype)
             for unit, owner in zip(units, owners, strict=True)
             if owner == team.rank
         }
@@ -85,8 +98,11 @@ class Making:
         built = {
             unit.name: team.from_owner(own.get(unit.name), owner) for unit, owner in zip(units, owners, strict=True)
         }
-        origins = provenance(self.base), provenance(self.source.checkpoint)
-        return AnchorsInfo(tuple(built), self.builder.config.construction(), *origins, self.builder.seed), built
+        beside = self._beside()
+        what = {"dtype": self.wanted.dtype, "rounding": rounding_of(built), **beside.described()}
+        options = self.builder.config.construction()
+        info = manifest(self.base, self.source, units, options, self.builder.seed, **what)
+        return info, built, beside
 
     def on_disk(self, team: Team, quiet: bool) -> AnchorsInfo:
         """Make the anchors in the folder, those that are not there yet."""
@@ -95,15 +111,18 @@ class Making:
         check_shared(self.folder, team)
         store, units = Store(self.folder), self.builder.units
         prints = self.base.fingerprint(), self.source.checkpoint.fingerprint()
-        construction = Construction(store, "", self.builder, self.source, prints)
+        construction = Construction(store, "", self.builder, self.source, prints, self.wanted.dtype)
         with Progress(len(units), quiet or not team.main) as progress:
             pieces = [construction.piece(unit, self._cost(unit), progress) for unit in units]
             work_off(pieces, find_finished(pieces, store, team), store, team, progress)
-        info = construction.info(units)
         if team.main:
-            construction.frame(units)
+            construction.frame(units, self._beside())
         team.wait()
-        return info
+        store.await_file(MANIFEST)
+        return read_manifest(self.folder / MANIFEST)
+
+    def _beside(self) -> Beside:
+        return Beside.of(self.base, self.source, self.wanted.rest, self.wanted.head)
 
     def _cost(self, unit: Unit) -> float:
         return construction(self.base, self.builder.config, unit).weight
@@ -115,6 +134,22 @@ class Making:
         return {
             "the base's weights": self.base.fingerprint(),
             "the source's weights": self.source.checkpoint.fingerprint(),
-            "the options": key_of(self.builder.config.construction(), self.builder.seed),
+            "the options": key_of(self.builder.config.construction(), self.builder.seed, asdict(self.wanted)),
             "versions": key_of(versions()),
         }
+
+
+def builder_of(base: Checkpoint, config: FDAConfig, device: str | torch.device, seed: int) -> AnchorBuilder:
+    """What makes anchors for a base, and adapts its units to such anchors alone.
+
+    Args:
+        base: the base.
+        config: the options, of which those that are open follow the kind of model.
+        device: "auto" or a torch device.
+        seed: of the anchors' start.
+    """
+    alone = replace(config, initial="base", rest="base", parametrization="parameters")
+    size = getattr(base.config, "hidden_size", None) or base.config.get_text_config().hidden_size
+    complete = alone.for_family(family_of(base.layout), int(size))
+    units = find_units(base.layout, complete.unit or ("block",))
+    return AnchorBuilder(base, units, complete, resolve_device(device), seed)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from hf_fda import costs
+from hf_fda.anchors.beside import Beside
 from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.files import Construction, read_unit, unit_file
@@ -50,7 +51,7 @@ class Anchors:
     def frame(self) -> None:
         """Write what lies around the anchors that were constructed."""
         for source in self.plan.anchors_made:
-            self._construction(source).frame(self.plan.units_of(source))
+            self._construction(source).frame(self.plan.units_of(source), Beside())
 
     def sources(self, unit: Unit) -> list[Source]:
         """The sources whose anchors of a unit are looked at."""

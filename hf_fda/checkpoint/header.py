@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from math import prod
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_fda.checkpoint.untrusted import MOST_JSON, parse_json
 from hf_fda.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -50,17 +50,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         InputError: when the file is no safetensors file, is truncated, or its offsets contradict the shapes.
     """
+    header, length = _header(path)
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise InputError(f"{path}: not a safetensors file, or truncated ({size} bytes); fetch or save it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: its safetensors header is corrupt; fetch or save the file again")
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
     end = 8 + length
@@ -72,6 +63,34 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         problem = "truncated" if size < end else "longer than its header says"
         raise InputError(f"{path}: {problem} ({size} bytes, {end} expected); fetch or save the file again")
     return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free words in a safetensors file's header.
+
+    Raises:
+        InputError: when the file is no safetensors file, or they are no words.
+    """
+    words = _header(path)[0].get("__metadata__", {})
+    if not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
+        raise InputError(f"{path}: the words in its safetensors header are corrupt; fetch or save the file again")
+    return words
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file's header says, and its length in bytes."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MOST_JSON):
+            raise InputError(f"{path}: not a safetensors file, or truncated ({size} bytes); fetch or save it again")
+        try:
+            header = parse_json(file.read(length))
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: its safetensors header is corrupt; fetch or save the file again")
+    return header, length
 
 
 def _entry(path: Path, name: str, fields: dict[str, Any], offset: int) -> TensorEntry:

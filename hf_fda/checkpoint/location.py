@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_fda.checkpoint.header import TensorEntry, known_dtype, read_header
+from hf_fda.checkpoint.untrusted import check_file_names, check_link, read_json
 from hf_fda.errors import InputError
 from hf_fda.hub import UNREACHABLE, hub_errors
 
@@ -31,8 +32,9 @@ ADAPTER = "adapter_config.json"
 
 @dataclass
 class Location:
-    """Files of one checkpoint. `folder` is set for a folder, `repo_id` and `commit` for a Hub repository, of which the
-    files may lie in a `subfolder`. `inner` are the files one folder further in."""
+    """Files of one checkpoint, or of one dataset. `folder` is set for a folder, `repo_id` and `commit` for a Hub
+    repository of some `kind`, of which the files may lie in a `subfolder`; `token` is the one to ask for them with.
+    `inner` are the files one folder further in."""
 
     id: str
     folder: Path | None = None
@@ -41,6 +43,8 @@ class Location:
     names: tuple[str, ...] = field(default=())
     subfolder: str = ""
     inner: tuple[str, ...] = field(default=())
+    kind: str = "model"
+    token: str | None = field(default=None, repr=False)
 
     def holding(self, name: str) -> tuple[str, ...]:
         """The folders in it that hold a file of some name."""
@@ -52,15 +56,22 @@ class Location:
         repo_id, at, revision = self.id.partition("@")
         id = f"{self.id.rstrip('/')}/{subfolder}" if self.repo_id is None else f"{repo_id}/{subfolder}{at}{revision}"
         folder = None if self.folder is None else self.folder / subfolder
-        return Location(id, folder, self.repo_id, self.commit, names, subfolder)
+        return Location(id, folder, self.repo_id, self.commit, names, subfolder, kind=self.kind, token=self.token)
 
     def path(self, name: str) -> Path:
         """The local path of one file; a Hub file is downloaded into the cache first."""
         if self.folder is not None:
+            if self.kind == "dataset":
+                check_link(self.folder / name, self.folder)
             return self.folder / name
-        assert self.repo_id is not None
         with hub_errors(self.id, file=name):
-            return Path(hf_hub_download(self.repo_id, self._remote(name), revision=self.commit))
+            return self._fetch(name)
+
+    def _fetch(self, name: str, cached: bool = False) -> Path:
+        """A Hub file in the cache; with `cached` it has to be there already."""
+        assert self.repo_id is not None
+        where: dict[str, Any] = {"revision": self.commit, "repo_type": self.kind, "token": self.token}
+        return Path(hf_hub_download(self.repo_id, self._remote(name), **where, local_files_only=cached))
 
     def _remote(self, name: str) -> str:
         """A file's name in the repository."""
@@ -72,26 +83,23 @@ class Location:
         Raises:
             InputError: when it is not valid JSON.
         """
-        path = self.path(name)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError):
-            raise InputError(f"{self.id}: {name} is not valid JSON; fetch or save it again") from None
+        return read_json(self.path(name), f"{self.id}: {name}")
 
     def header(self, name: str) -> dict[str, TensorEntry]:
         """A safetensors file's tensors. Of a Hub file that is not in the cache only the header is fetched, and where
         its tensors start is not known (counted from the header's end)."""
         if self.folder is not None:
-            return read_header(self.folder / name)
+            return read_header(self.path(name))
         assert self.repo_id is not None
-        remote = self._remote(name)
         try:
-            return read_header(Path(hf_hub_download(self.repo_id, remote, revision=self.commit, local_files_only=True)))
+            return read_header(self._fetch(name, cached=True))
         except LocalEntryNotFoundError:
             pass
         try:
             with hub_errors(self.id, file=name):
-                metadata = HfApi().parse_safetensors_file_metadata(self.repo_id, remote, revision=self.commit)
+                metadata = HfApi(token=self.token).parse_safetensors_file_metadata(
+                    self.repo_id, self._remote(name), repo_type=self.kind, revision=self.commit
+                )
         except (SafetensorsParsingError, NotASafetensorsRepoError):
             raise InputError(f"{self.id}: {name} on the Hub is no safetensors file, or damaged") from None
         return {
@@ -191,6 +199,7 @@ def _on_hub(text: str, repo_id: str, revision: str | None, subfolder: str) -> Lo
             if cached is None:
                 raise error from error.__cause__
             return cached
+    check_file_names((own.rfilename for own in info.siblings or ()), text)
     prefix = f"{subfolder}/" if subfolder else ""
     within = sorted(own.rfilename for own in info.siblings or () if own.rfilename.startswith(prefix))
     names = tuple(own.removeprefix(prefix) for own in within)

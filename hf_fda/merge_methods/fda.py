@@ -63,7 +63,7 @@ class FDAConfig(UnitwiseConfig):
     rest: str | MethodConfig | None = option(
         None,
         "what lies outside the blocks: base, or a parameter-space method; "
-        "none: task_arithmetic, or base where a source is anchors only",
+        "none: task_arithmetic, or base where a source is anchors only, with nothing beside them",
     )
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
     num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
@@ -153,7 +153,12 @@ class FDAConfig(UnitwiseConfig):
         return dataclasses.replace(self, **open_options)
 
     def with_sources(
-        self, names: list[str], all_have_weights: bool, all_thin: bool = False, as_adapter: bool = False
+        self,
+        names: list[str],
+        all_have_weights: bool,
+        all_thin: bool = False,
+        as_adapter: bool = False,
+        all_have_rest: bool = False,
     ) -> FDAConfig:
         """The config with `initial`, `rest` and `parametrization` chosen where they are open, and their weights in the
         order of sources.
@@ -163,13 +168,15 @@ class FDAConfig(UnitwiseConfig):
             all_have_weights: whether none is anchors only; a method has nothing to merge of such a source.
             all_thin: whether all are adapters; a flat spectrum overdoes their few directions, and no rank holds it.
             as_adapter: whether an adapter is written.
+            all_have_rest: whether of those that are anchors only what lies outside the blocks is there, too.
         """
         roles: dict[str, Any] = {}
         start = ("task_arithmetic", {"scaling": 0.3}) if all_thin else ("isotropic", {"scaling": 3.0})
+        mergeable = {"initial": all_have_weights, "rest": all_have_weights or all_have_rest}
         for role, method, options in (("initial", *start), ("rest", "task_arithmetic", {})):
             value = getattr(self, role)
             if value is None:
-                value = method_class(method).from_options(options) if all_have_weights else "base"
+                value = method_class(method).from_options(options) if mergeable[role] else "base"
             roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
         stepped = "parameters" if not all_have_weights else "factors" if as_adapter else "coefficients"
         roles["parametrization"] = self.parametrization or stepped

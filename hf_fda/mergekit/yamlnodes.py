@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from hf_fda.checkpoint.untrusted import check_yaml_size
 from hf_fda.errors import InputError, nearest
 
 Scalar = bool | int | float | str
@@ -128,11 +129,15 @@ def read_documents(text: str, file: str) -> tuple[Node, ...]:
     """
     try:
         nodes = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
+        check_yaml_size(nodes)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{file}{where}: not valid YAML ({reason})") from None
+    except (RecursionError, ValueError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{file}: not valid YAML ({reason})") from None
     for node in nodes:
         _check_tags(file, node)
     return tuple(Node(file, "", node) for node in nodes)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fda.adapting import objective_of
+from hf_fda.anchors.adaptation import objective_of
 from hf_fda.anchors.coefficients import UnitProblem, learn_coefficients
 from hf_fda.anchors.pieces import Anchors
 from hf_fda.blocks import Unit

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from hf_fda.anchors.files import read_metadata
 from hf_fda.blocks.capture import UnitCall
-from hf_fda.checkpoint.header import read_header, read_tensor
+from hf_fda.checkpoint.header import read_header, read_metadata, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import RunError
 from hf_fda.states.unit_states import Ragged, UnitStates, held

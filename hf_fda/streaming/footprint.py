@@ -65,7 +65,7 @@ class Footprint:
 
     def of(self, name: str) -> int:
         """Bytes that a tensor holds from when it is begun until it is written."""
-        result, sources = self.result, self.inputs.weighted
+        result, sources = self.result, self.inputs.moving
         recipe, own, entries = result.recipes[name], result.base_names.get(name), prod(result.layout.shapes[name])
         written = self.written(name)
         if recipe.rule == "unit":
@@ -93,7 +93,7 @@ class Footprint:
 
     def read_bytes(self, own: str) -> int:
         """Bytes of one of the base's tensors in base and sources, as they are stored."""
-        there = [source.dtype(own) for source in self.inputs.weighted if own in source.tensor_of]
+        there = [source.dtype(own) for source in self.inputs.moving if own in source.tensor_of]
         return prod(self.inputs.base.shape(own)) * sum(
             dtype.itemsize for dtype in (self.inputs.base.dtype(own), *there)
         )
@@ -102,7 +102,7 @@ class Footprint:
         """The most bytes that are held at once while a weight file is made: tensors on their way, the one that was
         written last, and what each thread computes with.
         """
-        count, models = torch.get_num_threads(), len(self.inputs.weighted) + 1
+        count, models = torch.get_num_threads(), len(self.inputs.moving) + 1
         sizes = [size for group in shard.groups for size in self.steps(group)]
         whole = [sum(map(self.written, group)) for group in shard.groups if not self.by_parts(group)]
         largest = max([PART * 4, *whole])

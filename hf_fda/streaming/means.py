@@ -27,7 +27,7 @@ def mean_of_models(vectors: TaskVectors, name: str, config: MethodConfig, dtype:
         config: the method.
         dtype: of the result.
     """
-    sources = vectors.inputs.weighted
+    sources = vectors.inputs.moving
     factors = config.coefficients(len(sources))
     if factors is None or abs(1 - fsum(factors)) > 2**-48:
         return None

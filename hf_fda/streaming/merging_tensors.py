@@ -45,7 +45,7 @@ class TensorMerger:
 
     def __init__(self, vectors: TaskVectors, workers: Workers) -> None:
         self.vectors, self.workers = vectors, workers
-        self.sources = vectors.inputs.weighted
+        self.sources = vectors.inputs.moving
         self.device = vectors.device
         self._exact = torch.float32 if self.device.type == "mps" else torch.float64
 

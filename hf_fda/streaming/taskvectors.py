@@ -77,7 +77,7 @@ class TaskVectors:
 
     def may_move(self, name: str) -> bool:
         """Whether any source may differ from the base in a tensor."""
-        return any(source.may_move(name) for source in self.inputs.weighted)
+        return any(source.may_move(name) for source in self.inputs.moving)
 
     def read(self, name: str, work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The base's tensor and the sources' task tensors, on the device.
@@ -90,7 +90,7 @@ class TaskVectors:
             theta_0 and K task tensors of its shape; a source that lacks the tensor has zeros.
         """
         base = self.base.read(name).to(self.device, work)
-        return base, [self._task(source, name, base) for source in self.inputs.weighted]
+        return base, [self._task(source, name, base) for source in self.inputs.moving]
 
     def _task(self, source: AlignedSource, name: str, base: Tensor) -> Tensor:
         if name not in source.tensor_of:
@@ -108,14 +108,14 @@ class TaskVectors:
         """
         base = self.base.read(name, part)
         own: list[Tensor | None] = []
-        for source in self.inputs.weighted:
+        for source in self.inputs.moving:
             if name not in source.tensor_of:
                 own.append(None)
             elif source.checkpoint.stored:
                 own.append(source.read(name, part))
             else:
                 own.append(source.task(name, base.to(torch.promote_types(base.dtype, torch.float32)), part))
-        return StoredPart(base, own, [source.checkpoint.stored for source in self.inputs.weighted])
+        return StoredPart(base, own, [source.checkpoint.stored for source in self.inputs.moving])
 
     def in_parts(self, name: str) -> bool:
         """Whether base and sources are read in parts, by several threads at once."""
@@ -130,7 +130,7 @@ class TaskVectors:
             config: the method.
         """
         tasks: list[LowRank | None] = []
-        for source in self.inputs.weighted:
+        for source in self.inputs.moving:
             own = source.factors(name) if source.may_move(name) else None
             if own is None and source.may_move(name):
                 return None
@@ -166,7 +166,7 @@ class TaskVectors:
 
 def read_in_parts(inputs: Inputs, name: str) -> bool:
     """Whether one of the base's tensors is read in parts in base and sources, by several threads at once."""
-    sources = (source for source in inputs.weighted if name in source.tensor_of)
+    sources = (source for source in inputs.moving if name in source.tensor_of)
     return inputs.base.in_parts(name) and all(source.in_parts(name) for source in sources)
 
 

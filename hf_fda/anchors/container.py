@@ -201,6 +201,11 @@ class FunctionalDualAnchors:
             trust_remote_code: run model code that comes with the checkpoints.
             output: a folder to write them to block by block; interrupted, the same call goes on there. None keeps
                 them in memory.
+            dtype: type to store anchors and targets in: "float32", or half of it: "bfloat16", "float16". What that does
+                to a merge is then measured, block by block, by adapting the base to both: longer than construction.
+            include_rest: put the source's tensors outside the blocks that differ from the base's (embeddings, norms)
+                beside the anchors, as they are. A merge of the anchors alone then has them, too.
+            include_head: put the source's task head beside them, so that a merge of the anchors alone serves the task.
             quiet: show no progress.
             options: fields of `FDAConfig`; those of adaptation only matter where a half type's effect is measured.
 

@@ -13,12 +13,14 @@ import jinja2
 import yaml
 
 from hf_fda.coefficients import HEAT_MAP, can_draw
+from hf_fda.evaluation.published import model_index
 from hf_fda.version import versions
 
 if TYPE_CHECKING:
     from hf_fda.adapters.report import AdapterReport
     from hf_fda.anchors.container import AnchorsInfo
     from hf_fda.coefficients import Coefficients
+    from hf_fda.evaluation.scores import Scores
 
 
 STATED = ("tokenizer", "pad_to_multiple_of")
@@ -42,6 +44,7 @@ def model_card(
     facts: Mapping[str, Any],
     report: AdapterReport | None = None,
     coefficients: Coefficients | None = None,
+    scores: Scores | None = None,
 ) -> str:
     """The card of a merged model or adapter.
 
@@ -50,6 +53,7 @@ def model_card(
         facts: model class, heads, licences, notes: what the plan knows.
         report: of a merged adapter, what its factors leave out.
         coefficients: those that the merge learnt.
+        scores: those of the merged model, where it was scored.
     """
     licences: Mapping[str, Sequence[str]] = facts["licences"]
     each = {name if n == 0 else f"{name} ({n + 1})": own for name, all in licences.items() for n, own in enumerate(all)}
@@ -67,6 +71,9 @@ def model_card(
         metadata["datasets"] = list(dict.fromkeys(facts["datasets"]))
     if licence:
         metadata["license"] = licence
+    title = f"{', '.join(arguments['sources'])}: merged by {arguments['method']}"
+    if scores is not None and (index := model_index(scores, title)):
+        metadata["model-index"] = index
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
     settings |= {name: arguments[name] for name in STATED if name in arguments}
     if report is not None:
@@ -74,7 +81,8 @@ def model_card(
     return _render(
         "merged_model.md.jinja",
         metadata=metadata,
-        title=f"{', '.join(arguments['sources'])}: merged by {arguments['method']}",
+        made_with=facts["versions"],
+        title=title,
         where="PATH_OR_HUB_ID",
         method=arguments["method"],
         base=facts["shown"]["base"],
@@ -86,6 +94,7 @@ def model_card(
         coefficients=coefficients,
         heat_map=HEAT_MAP if can_draw() else None,
         licence_line=licence_line,
+        scores=scores,
     )
 
 
@@ -104,6 +113,7 @@ def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], title: st
     return _render(
         "anchors_dataset.md.jinja",
         metadata=metadata,
+        made_with=versions(),
         title=title,
         base=info.base,
         source=info.source,
@@ -167,9 +177,8 @@ def _budget(arguments: Mapping[str, Any], report: AdapterReport) -> dict[str, An
     return given or {"rank": "exact" if report.error < ROUNDING else "that of the sources together"}
 
 
-def _render(template: str, metadata: Mapping[str, Any], **values: Any) -> str:
+def _render(template: str, metadata: Mapping[str, Any], made_with: Mapping[str, str], **values: Any) -> str:
     text = _environment().get_template(template)
-    made_with = versions()
     line = (
         f"Made with hf_fda {made_with['hf_fda']}, torch {made_with['torch']}, transformers {made_with['transformers']}."
     )

@@ -185,7 +185,7 @@ def _with_head(
     model_class = model_class_of(config, where, trust_remote_code, location.commit)
     layout = ModelLayout(config, model_class)
     names = match_names(layout.names, layout.body_prefixes, body.names, body.layout.body_prefixes)
-    own = _head_tensors(location.path(f"{head}/model.safetensors"), layout)
+    own = head_tensors(location.path(f"{head}/model.safetensors"), layout)
     state = own | {name: body.read(other) for name, other in names.items() if name not in own}
     kwargs = {"dtype": _stored_dtype(body), **kwargs}
     loaded: Any = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **kwargs)
@@ -196,7 +196,7 @@ def _with_head(
     return model.eval()
 
 
-def _head_tensors(path: Path, layout: ModelLayout) -> dict[str, Tensor]:
+def head_tensors(path: Path, layout: ModelLayout) -> dict[str, Tensor]:
     """A task's own tensors by their names in memory."""
     entries = read_header(path)
     stored = {name: read_tensor(path, entry) for name, entry in entries.items()}

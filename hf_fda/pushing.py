@@ -11,7 +11,14 @@ from hf_fda.errors import InputError
 from hf_fda.hub import hub_errors
 
 REPLACED = {
-    "model": ("model*.safetensors", "model.safetensors.index.json", "task_heads/*", "anchors/*"),
+    "model": (
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "task_heads/*",
+        "anchors/*",
+        "scores.json",
+        ".eval_results/*",
+    ),
     "dataset": ("blocks/*", "index/*"),
 }
 """What an earlier upload may have left on the Hub and a new one replaces as a whole."""

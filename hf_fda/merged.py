@@ -21,6 +21,7 @@ from hf_fda.checkpoint.location import Location, locate
 from hf_fda.checkpoint.reader import FileCheckpoint, is_unknown
 from hf_fda.coefficients import COEFFICIENTS, Coefficients
 from hf_fda.errors import InputError, few, nearest
+from hf_fda.evaluation.scores import Scores, read_scores
 from hf_fda.pushing import push
 
 HEADS = "task_heads"
@@ -48,6 +49,11 @@ class Merged:
         """The coefficients of the task vectors, of a merge that learnt them."""
         path = self.folder / COEFFICIENTS
         return Coefficients.read(path) if path.is_file() else None
+
+    @property
+    def scores(self) -> Scores | None:
+        """What `hf_fda.evaluate` found of these weights; None where they were not scored."""
+        return read_scores(self.folder)
 
     def load(self, task: str | None = None, **kwargs: Any) -> PreTrainedModel:
         """The transformers model, as `load`."""

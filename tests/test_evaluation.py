@@ -419,7 +419,7 @@ def test_scores_are_kept_beside_those_of_other_tasks_until_the_weights_change(fa
     one = hf_fda.evaluate(family.merged, {"pets": pets}, individual=True, **QUIET)
     two = hf_fda.evaluate(family.merged, {"three": three}, **QUIET)
     assert two["pets"] == one["pets"]
-    assert Scores.read(family.merged.folder / SCORES) == two
+    assert Scores.read(family.merged.folder / SCORES) == two == family.merged.scores
     again = hf_fda.evaluate(family.merged, {"pets": pets}, **QUIET)
     assert again["pets"] == one["pets"]  # the fine-tune's score is kept on the same rows
     other = hf_fda.evaluate(family.merged, {"pets": pets[1:]}, **QUIET)
@@ -428,6 +428,7 @@ def test_scores_are_kept_beside_those_of_other_tasks_until_the_weights_change(fa
     assert "## Scores" in card(family)
     merge(family.base, family.sources, "task_arithmetic", family.merged.folder)
     assert not (family.merged.folder / SCORES).exists()
+    assert family.merged.scores is None
     assert "## Scores" not in card(family) and "states no scores" in card(family)
 
 
@@ -459,9 +460,9 @@ def test_the_card_has_a_table_and_metadata_that_the_library_reads(family: Family
 def test_both_forms_of_metadata_name_a_datasets_commit_and_split() -> None:
     on_hub = ScoredData("org/rows", True, 20, "plain", "test", "a" * 40, "f")
     task = TaskScores("text-classification", on_hub, {"accuracy": 0.5, "pearsonr": math.nan}, {"accuracy": 0.75})
-    scores = Scores(
-        {"one": task, "two": TaskScores("text-generation", ScoredData("x.txt", False, 3), {"f1": 1.0})}, "w"
-    )
+    file = ScoredData("x.txt", False, 3)
+    two, three = (TaskScores("text-generation", file, {"perplexity": value}) for value in (2.0, 3.0))
+    scores = Scores({"one": task, "two": two, "three": three}, "w")
     files = eval_results(scores)
     assert list(files) == [".eval_results/one.yaml"]
     (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/one.yaml"]))
@@ -469,10 +470,11 @@ def test_both_forms_of_metadata_name_a_datasets_commit_and_split() -> None:
     assert entry.dataset_revision == "a" * 40
     assert entry.notes == "accuracy, 20 rows of split test; fine-tune alone: 0.75"
     (model,) = model_index(scores, "name")
-    one, two = model["results"]
+    one, *others = model["results"]
     assert one["dataset"]["revision"] == "a" * 40 and one["dataset"]["split"] == "test"
     assert [metric["type"] for metric in one["metrics"]] == ["accuracy"]
-    assert two["dataset"]["type"] == "x.txt"
+    assert [own["dataset"]["type"] for own in others] == ["x.txt", "x.txt"]
+    assert [(own["task"]["name"], own["metrics"][0]["value"]) for own in others] == [("two", 2.0), ("three", 3.0)]
     assert model_index(Scores(), "name") == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hf_fda.errors import InputError, nearest
 from hf_fda.evaluation.answers import Asking
 from hf_fda.evaluation.candidates import individual_model, merged_model
 from hf_fda.evaluation.preparing import Trial, prepare
-from hf_fda.evaluation.scores import SCORES, Scores, TaskScores, weights_hash
+from hf_fda.evaluation.scores import SCORES, ScoredData, Scores, TaskScores, weights_hash
 from hf_fda.evaluation.scoring import score
 from hf_fda.merged import Merged
 from hf_fda.progress import Progress, logger
@@ -100,14 +100,26 @@ def evaluate(
         trials.append((trial, None if alone is None else prepare(alone, task, given, asked, reading)))
     on, found = resolve_device(device), {}
     with Progress(sum(_batches(own, batch_size) for pair in trials for own in pair if own is not None), quiet) as bar:
-        asking = Asking(batch_size, max_new_tokens, on, lambda: bar.finish("a batch"))
-        for trial, own_trial in trials:
-            bar.now(f"{trial.task}, merged")
-            scores, rows_scored = score(trial, asking, dtype)
-            bar.now(f"{trial.task}, fine-tune alone")
-            before = None if own_trial is None else score(own_trial, asking, dtype)[0]
-            found[trial.task] = TaskScores(trial.modality, rows_scored, scores, before)
+
+        def scored(own: Trial, what: str) -> tuple[dict[str, float], ScoredData]:
+            return score(own, Asking(batch_size, max_new_tokens, on, _teller(bar, f"{own.task}, {what}")), dtype)
+
+        for trial, before in trials:
+            after, of = scored(trial, "merged")
+            alone_scores = None if before is None else scored(before, "fine-tune alone")[0]
+            found[trial.task] = TaskScores(trial.modality, of, after, alone_scores)
     return _kept(location, found, save)
+
+
+def _teller(bar: Progress, what: str) -> Callable[[], None]:
+    """What says that a batch is done and the next one begun."""
+    bar.now(what)
+
+    def tell() -> None:
+        bar.finish(what)
+        bar.now(what)
+
+    return tell
 
 
 def _batches(trial: Trial, batch_size: int) -> int:

@@ -24,7 +24,25 @@ def model_index(scores: Scores, name: str) -> list[dict[str, Any]]:
         scores: of the merged model.
         name: what to call it.
     """
-    results = [
+    indexes = [eval_results_to_model_index(name, _results(task, own)) for task, own in scores.tasks.items()]
+    results = [result for index in indexes for result in index[0].get("results", [])]
+    return [{"name": name, "results": results}] if results else []
+
+
+def eval_results(scores: Scores) -> dict[str, str]:
+    """The files of `.eval_results/` by their names: for each task on a dataset of the Hub its metrics that are defined.
+
+    Rows that are not on the Hub have no id there, and so no place in this form.
+    """
+    return {
+        f"{EVAL_RESULTS}/{task}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        for task, own in scores.tasks.items()
+        if (entries := _entries(own))
+    }
+
+
+def _results(task: str, own: TaskScores) -> list[EvalResult]:
+    return [
         EvalResult(
             task_type=own.modality,
             task_name=task,
@@ -38,23 +56,9 @@ def model_index(scores: Scores, name: str) -> list[dict[str, Any]]:
             metric_name=metric,
             metric_args=_alone(own, metric),
         )
-        for task, own in scores.tasks.items()
         for metric, value in own.merged.items()
         if math.isfinite(value)
     ]
-    return eval_results_to_model_index(name, results) if results else []
-
-
-def eval_results(scores: Scores) -> dict[str, str]:
-    """The files of `.eval_results/` by their names: for each task on a dataset of the Hub its metrics that are defined.
-
-    Rows that are not on the Hub have no id there, and so no place in this form.
-    """
-    return {
-        f"{EVAL_RESULTS}/{task}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        for task, own in scores.tasks.items()
-        if (entries := _entries(own))
-    }
 
 
 def _entries(own: TaskScores) -> list[EvalResultEntry]:

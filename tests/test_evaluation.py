@@ -362,6 +362,22 @@ def test_any_model_is_scored_alone_and_nothing_is_written_to_it(family: Family) 
     assert sorted(family.sources["three"].iterdir()) == before
 
 
+def test_answers_that_are_no_numbers_are_an_error_not_a_score(tmp_path: Path) -> None:
+    model = bert_for(t.BertForSequenceClassification, num_labels=2)
+    with torch.no_grad():
+        model.classifier.bias.fill_(math.nan)
+    save(tmp_path / "model", model, wordpiece(tmp_path / "words", WORDS))
+    with pytest.raises(RunError, match="not all finite numbers"):
+        hf_fda.evaluate(tmp_path / "model", {"any": rows([0] * 5)}, **QUIET)
+
+
+def test_the_type_of_the_weights_may_be_another_while_they_are_scored(family: Family) -> None:
+    data = {"far": rows([0.5, 1.0, -1.0, 2.0, 0.0])}
+    whole, half = (hf_fda.evaluate(family.merged, data, "mse", dtype=dtype, **QUIET) for dtype in ("auto", "bfloat16"))
+    assert half["far"].merged["mse"] == pytest.approx(whole["far"].merged["mse"], rel=0.1)
+    assert half["far"].merged != whole["far"].merged
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 

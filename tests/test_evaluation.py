@@ -20,6 +20,7 @@ from checks import merge
 from conftest import IMAGE, T5, TEXT, fine_tune
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from vocabularies import bpe, ids_of, llama, save, wordpiece
 
 import hf_fda
@@ -186,6 +187,16 @@ def test_rows_may_be_encoded_or_in_a_file_with_numbers_as_text(family: Family, t
     from_file = hf_fda.evaluate(family.merged, data, **QUIET)["three"]
     assert from_file.merged == hf_fda.evaluate(family.merged, {"three": encoded}, **QUIET)["three"].merged
     assert (from_file.data.name, from_file.data.on_hub) == ("rows.csv", False)
+
+
+def test_rows_and_labels_may_come_from_a_data_loader(family: Family) -> None:
+    inputs = family.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    for task, labels in (("three", [0, 1, 2, 1, 0]), ("far", [0.5, 1.0, -1.0, 2.0, 0.0])):
+        pairs = [{**{name: own[n] for name, own in inputs.items()}, "labels": label} for n, label in enumerate(labels)]
+        loader = DataLoader(pairs, batch_size=2)  # type: ignore[arg-type]
+        from_loader = hf_fda.evaluate(family.merged, {task: loader}, save=False, **QUIET)[task].merged
+        expected = hf_fda.evaluate(family.merged, {task: rows(labels)}, save=False, **QUIET)[task].merged
+        assert from_loader == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
 
 
 def test_metrics_may_be_named_given_or_in_a_folder_by_task(family: Family, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +144,6 @@ def _from_folder(path: Any, label: str) -> Any:
 def _number(value: Any) -> float | None:
     """A value as a plain number; None where it is no single one."""
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError):
         return None
-    return math.nan if math.isnan(number) else number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -60,11 +60,11 @@ def label_reader(table: Table, kind: Kind, column: str, config: PretrainedConfig
     """
     if kind == "values":
         count = int(config.num_labels or 1)
-        return lambda row, number: _values(row.get(column), count, _place(table, column, number))
+        return lambda row, number: _values(_plain(row.get(column)), count, _place(table, column, number))
     ids = LabelIds(config, table.classes.get(column, ()))
     if kind == "flags":
-        return lambda row, number: ids.flags(row.get(column), _place(table, column, number))
-    return lambda row, number: ids.id(row.get(column), _place(table, column, number))
+        return lambda row, number: ids.flags(_plain(row.get(column)), _place(table, column, number))
+    return lambda row, number: ids.id(_plain(row.get(column)), _place(table, column, number))
 
 
 class LabelIds:
@@ -78,13 +78,14 @@ class LabelIds:
         classes: the dataset's names of its numbers.
     """
 
-    def __init__(self, config: PretrainedConfig, classes: Any = ()) -> None:
+    def __init__(self, config: PretrainedConfig, classes: Sequence[str] = ()) -> None:
         self.count = int(config.num_labels or 1)
         known: Mapping[str, Any] = config.label2id or {}
         self.ids = {str(name): int(id) for name, id in known.items()}
         lower = {name.casefold(): id for name, id in self.ids.items()}
         self.lower = lower if len(lower) == len(self.ids) else {}
-        self.classes = list(classes) if classes and all(self._named(name) is not None for name in classes) else []
+        named = [self._named(name) for name in classes]
+        self.classes = [] if None in named else [id for id in named if id is not None]
 
     def id(self, value: Any, place: str) -> int:
         """The id of one label.
@@ -97,8 +98,8 @@ class LabelIds:
             raise InputError(f"{place} has no label; choose a split with labels, or leave such rows out")
         if isinstance(value, str) and (named := self._named(value)) is not None:
             return named
-        if number is not None and self.classes and 0 <= number < len(self.classes):
-            return int(self._named(self.classes[number]) or 0)
+        if number is not None and 0 <= number < len(self.classes):
+            return self.classes[number]
         if number is not None and 0 <= number < self.count:
             return number
         raise InputError(f"{place} has the label {value!r}, which the model does not know: {self._known(value)}")
@@ -109,13 +110,12 @@ class LabelIds:
         Raises:
             InputError: as `id`.
         """
-        if value is None or isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+        if not isinstance(value, (list, tuple)):
             raise InputError(f"{place} holds {value!r:.40}, where a list of labels, or of 0 and 1, was expected")
-        values = list(value)
-        numbers = [_whole(own) for own in values]
-        if len(values) == self.count and not self.classes and all(own in (0, 1) for own in numbers):
+        numbers = [_whole(own) for own in value]
+        if len(value) == self.count and not self.classes and all(own in (0, 1) for own in numbers):
             return [int(own or 0) for own in numbers]
-        right = {self.id(own, place) for own in values}
+        right = {self.id(own, place) for own in value}
         return [int(id in right) for id in range(self.count)]
 
     def _named(self, name: str) -> int | None:
@@ -129,7 +129,7 @@ class LabelIds:
 
 def _values(value: Any, count: int, place: str) -> float | list[float]:
     """The number of a row, or its numbers."""
-    listed = list(value) if hasattr(value, "__len__") and not isinstance(value, str) else [value]
+    listed = value if isinstance(value, (list, tuple)) else [value]
     try:
         numbers = [float(own) for own in listed]
     except (TypeError, ValueError):
@@ -137,6 +137,11 @@ def _values(value: Any, count: int, place: str) -> float | list[float]:
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise InputError(f"{place} holds {value!r:.40}, where {count} finite number(s) were expected")
     return numbers if count > 1 else numbers[0]
+
+
+def _plain(value: Any) -> Any:
+    """A value of a tensor or an array as plain numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _whole(value: Any) -> int | None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hf_fda.anchors import FunctionalDualAnchors
     from hf_fda.configured import merge_config, plan_config
     from hf_fda.errors import HFFDAError, InputError, RunError
+    from hf_fda.evaluation.evaluating import evaluate
+    from hf_fda.evaluation.scores import Scores
     from hf_fda.merge_methods import FDAConfig, MethodConfig, methods
     from hf_fda.merged import Merged, load
     from hf_fda.merging import extract, merge
@@ -31,6 +33,8 @@ _PLACES = {
     "MethodConfig": "hf_fda.merge_methods",
     "Plan": "hf_fda.plans",
     "RunError": "hf_fda.errors",
+    "Scores": "hf_fda.evaluation.scores",
+    "evaluate": "hf_fda.evaluation.evaluating",
     "extract": "hf_fda.merging",
     "load": "hf_fda.merged",
     "merge": "hf_fda.merging",
@@ -51,7 +55,9 @@ __all__ = [
     "MethodConfig",
     "Plan",
     "RunError",
+    "Scores",
     "__version__",
+    "evaluate",
     "extract",
     "load",
     "merge",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_fda.data.request import ANCHORS, said_on_command_line
 from hf_fda.errors import InputError, nearest
+
+ROWS = re.compile(r"(?P<path>.+?)(?::(?P<split>[\w.-]+(?:\[[^\]]*\])?))?")
+"""Rows on a command line: "rows.jsonl", "org/name", "org/name:test", "org/name:config:test[:100]"."""
 
 SETTINGS = (
     *("as_adapter", "rank", "energy", "device", "dtype", "seed", "heads", "max_shard_bytes", "trust_remote_code"),
@@ -105,6 +110,57 @@ def _data(arguments: argparse.Namespace) -> dict[str, dict[str, Any]] | str | No
         return ANCHORS
     words = arguments.data or (), arguments.columns or (), arguments.split or ()
     return said_on_command_line(*words) if any(words) else None
+
+
+def scored_data(tasks: Sequence[str], columns: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What `evaluate` gets for data.
+
+    >>> scored_data(["sst2=nyu-mll/glue:sst2:validation"], [], ["sst2=label"])
+    {'sst2': {'path': 'nyu-mll/glue:sst2', 'split': 'validation', 'label': 'label'}}
+
+    Args:
+        tasks: "TASK=ROWS" or "TASK=ROWS:SPLIT" for each task; what is there under the whole name has no split.
+        columns: "TASK=COLUMN" or "TASK=COLUMN,COLUMN".
+        labels: "TASK=COLUMN".
+
+    Raises:
+        InputError: when a word is written otherwise, or says something of a task without rows.
+    """
+    found = said_on_command_line(tasks, columns, flag="--task")
+    for own in found.values():
+        split = ROWS.fullmatch(own["path"])
+        if split is not None and split["split"] is not None and not Path(own["path"]).expanduser().exists():
+            own["path"], own["split"] = split["path"], split["split"]
+    for word in labels:
+        task, column = _split(word, "--label")
+        if task not in found:
+            raise InputError(f"--label {word}: '{task}' has no rows: {nearest(task, found)}")
+        found[task]["label"] = column
+    return found
+
+
+def asked_metrics(words: Sequence[str], tasks: Iterable[str]) -> dict[str, list[str]] | None:
+    """The metrics that a command line names for each task; None where it names none.
+
+    >>> asked_metrics(["accuracy", "sts=pearsonr"], ["sst2", "sts"])
+    {'sst2': ['accuracy'], 'sts': ['accuracy', 'pearsonr']}
+
+    Args:
+        words: "NAME" for all tasks, "TASK=NAME" for one.
+        tasks: all of them.
+
+    Raises:
+        InputError: when there is no such task.
+    """
+    names = list(tasks)
+    asked: dict[str, list[str]] = {}
+    for word in words:
+        task, equals, metric = word.partition("=")
+        if equals and task not in names:
+            raise InputError(f"--metric {word}: '{task}' has no rows: {nearest(task, names)}")
+        for name in [task] if equals else names:
+            asked.setdefault(name, []).append(metric if equals else word)
+    return asked or None
 
 
 def _named(sources: list[str]) -> dict[str, str] | list[str]:

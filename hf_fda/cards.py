@@ -14,6 +14,7 @@ import jinja2
 import yaml
 
 from hf_fda.coefficients import HEAT_MAP, can_draw
+from hf_fda.evaluation.published import model_index
 from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.version import versions
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hf_fda.adapters.report import AdapterReport
     from hf_fda.anchors.manifest import AnchorsInfo
     from hf_fda.coefficients import Coefficients
+    from hf_fda.evaluation.scores import Scores
 
 
 STATED = ("tokenizer", "pad_to_multiple_of")
@@ -44,6 +46,7 @@ def model_card(
     facts: Mapping[str, Any],
     report: AdapterReport | None = None,
     coefficients: Coefficients | None = None,
+    scores: Scores | None = None,
 ) -> str:
     """The card of a merged model or adapter.
 
@@ -52,6 +55,7 @@ def model_card(
         facts: model class, heads, licences, notes: what the plan knows.
         report: of a merged adapter, what its factors leave out.
         coefficients: those that the merge learnt.
+        scores: those of the merged model, where it was scored.
     """
     licences: Mapping[str, Sequence[str]] = facts["licences"]
     each = {name if n == 0 else f"{name} ({n + 1})": own for name, all in licences.items() for n, own in enumerate(all)}
@@ -69,6 +73,9 @@ def model_card(
         metadata["datasets"] = list(dict.fromkeys(facts["datasets"]))
     if licence:
         metadata["license"] = licence
+    title = f"{', '.join(arguments['sources'])}: merged by {arguments['method']}"
+    if scores is not None and (index := model_index(scores, title)):
+        metadata["model-index"] = index
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
     settings |= {name: arguments[name] for name in STATED if name in arguments}
     if report is not None:
@@ -76,7 +83,8 @@ def model_card(
     return _render(
         "merged_model.md.jinja",
         metadata=metadata,
-        title=f"{', '.join(arguments['sources'])}: merged by {arguments['method']}",
+        made_with=facts["versions"],
+        title=title,
         where="PATH_OR_HUB_ID",
         method=arguments["method"],
         base=facts["shown"]["base"],
@@ -88,6 +96,7 @@ def model_card(
         coefficients=coefficients,
         heat_map=HEAT_MAP if can_draw() else None,
         licence_line=licence_line,
+        scores=scores,
     )
 
 
@@ -115,6 +124,7 @@ def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], where: st
     return _render(
         "anchors_dataset.md.jinja",
         metadata=metadata,
+        made_with=versions(),
         info=asdict(info),
         where=where,
         names=names,
@@ -188,9 +198,8 @@ def _budget(arguments: Mapping[str, Any], report: AdapterReport) -> dict[str, An
     return given or {"rank": "exact" if report.error < ROUNDING else "that of the sources together"}
 
 
-def _render(template: str, metadata: Mapping[str, Any], **values: Any) -> str:
+def _render(template: str, metadata: Mapping[str, Any], made_with: Mapping[str, str], **values: Any) -> str:
     text = _environment().get_template(template)
-    made_with = versions()
     line = (
         f"Made with hf_fda {made_with['hf_fda']}, torch {made_with['torch']}, transformers {made_with['transformers']}."
     )

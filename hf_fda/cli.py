@@ -12,7 +12,14 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from hf_fda.arguments import document_arguments, merge_arguments, method_options, read_text
+from hf_fda.arguments import (
+    asked_metrics,
+    document_arguments,
+    merge_arguments,
+    method_options,
+    read_text,
+    scored_data,
+)
 from hf_fda.command_line import LOOSE_COMMANDS, parser, take_options
 from hf_fda.errors import HFFDAError, InputError, PeerError, agreed
 from hf_fda.launch import is_main, several
@@ -182,6 +189,33 @@ def _extract(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
         print(f"Adapter in {adapter.folder}\n{adapter.report}")
 
 
+def _evaluate(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
+    with _loading():
+        from hf_fda.evaluation.evaluating import evaluate
+
+    given = scored_data(arguments.task, arguments.columns or (), arguments.label or ())
+    settings = ("batch_size", "max_length", "max_new_tokens", "device", "dtype", "seed")
+    said = {name: getattr(arguments, name) for name in settings if getattr(arguments, name) is not None}
+    scores = evaluate(
+        arguments.folder,
+        given,
+        asked_metrics(arguments.metric or (), given),
+        individual=arguments.individual,
+        rows=arguments.rows,
+        base=arguments.base,
+        trust_remote_code=arguments.trust_remote_code,
+        quiet=arguments.quiet,
+        **said,
+    )
+    print(scores)
+
+
+def _card(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
+    from hf_fda.card_record import remake_card
+
+    print(remake_card(Path(arguments.folder)))
+
+
 def _push(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
     from hf_fda.pushing import push
 
@@ -207,6 +241,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[tuple[str, str]]], None]]
     "plan": _plan,
     "anchors": _anchors,
     "extract": _extract,
+    "evaluate": _evaluate,
+    "card": _card,
     "methods": _methods,
     "demo": _demo,
     "push": _push,

@@ -104,6 +104,30 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", help="base: leave out the tokens that the base lacks")
     _common(command)
 
+    command = _command(commands, "evaluate", "score a merged model on rows with labels, and put that into its card")
+    command.add_argument("folder", metavar="DIR", help="the merged folder, or a Hub id")
+    command.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        metavar="TASK=ROWS[:SPLIT]",
+        help="its rows: a file or dataset; repeat",
+    )
+    command.add_argument("--columns", action="append", metavar="TASK=A[,B]", help="what the model reads")
+    command.add_argument("--label", action="append", metavar="TASK=COLUMN", help="what is right: label, number or text")
+    command.add_argument("--metric", action="append", metavar="[TASK=]NAME", help="repeat; default: the usual ones")
+    command.add_argument("--individual", action="store_true", help="score each task's own fine-tune too")
+    command.add_argument("--rows", type=int, metavar="N", help="at most so many of each task (default all)")
+    command.add_argument("--batch-size", type=int, metavar="N", help="rows at a time (default 16)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a text, at most (default 512)")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="that a model writes, at most (default 128)")
+    command.add_argument("--dtype", help="type of the weights meanwhile (default auto: as they are stored)")
+    command.add_argument("--base", help="of a merged adapter, where its base is now")
+    _common(command)
+
+    command = _command(commands, "card", "make the card of a merged folder anew, from what is recorded there")
+    command.add_argument("folder", metavar="DIR")
+
     command = _command(commands, "methods", "list the merge methods, or one method's options")
     command.add_argument("name", nargs="?", metavar="NAME")
 

@@ -22,6 +22,7 @@ from hf_fda.checkpoint.location import Location, locate
 from hf_fda.checkpoint.reader import FileCheckpoint, is_unknown
 from hf_fda.coefficients import COEFFICIENTS, Coefficients
 from hf_fda.errors import InputError, few, nearest
+from hf_fda.evaluation.scores import Scores, read_scores
 from hf_fda.notebook import html_table
 from hf_fda.pushing import push
 
@@ -50,6 +51,11 @@ class Merged:
         """The coefficients of the task vectors, of a merge that learnt them."""
         path = self.folder / COEFFICIENTS
         return Coefficients.read(path) if path.is_file() else None
+
+    @property
+    def scores(self) -> Scores | None:
+        """What `hf_fda.evaluate` found of these weights; None where they were not scored."""
+        return read_scores(self.folder)
 
     def __repr__(self) -> str:
         return f"Merged({str(self.folder)!r}, {', '.join(f'{label}: {text}' for label, text in self._facts())})"
@@ -217,7 +223,7 @@ def _with_head(
     model_class = model_class_of(config, where, trust_remote_code, location.commit)
     layout = ModelLayout(config, model_class)
     names = match_names(layout.names, layout.body_prefixes, body.names, body.layout.body_prefixes)
-    own = _head_tensors(location.path(f"{head}/model.safetensors"), layout)
+    own = head_tensors(location.path(f"{head}/model.safetensors"), layout)
     state = own | {name: body.read(other) for name, other in names.items() if name not in own}
     kwargs = {"dtype": _stored_dtype(body), **kwargs}
     loaded: Any = model_class.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **kwargs)
@@ -228,7 +234,7 @@ def _with_head(
     return model.eval()
 
 
-def _head_tensors(path: Path, layout: ModelLayout) -> dict[str, Tensor]:
+def head_tensors(path: Path, layout: ModelLayout) -> dict[str, Tensor]:
     """A task's own tensors by their names in memory."""
     entries = read_header(path)
     stored = {name: read_tensor(path, entry) for name, entry in entries.items()}

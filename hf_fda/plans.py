@@ -143,7 +143,7 @@ class Plan:
         heads = [f"task_heads/{head.task}" for head in self.result.heads]
         anchors = [f"anchors/{source.name}" for source in self.anchors_made]
         learnt = [COEFFICIENTS] if isinstance(self.config, LearnedConfig) else []
-        return [*self._weights(), *learnt, "merge_config.yaml", "README.md", *heads, *anchors]
+        return [*self._weights(), *learnt, "merge_config.yaml", "README.md", "card.json", *heads, *anchors]
 
     def _weights(self) -> list[str]:
         if self.adapter is not None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import yaml
 
 from hf_fda.adapters.files import CONFIG, WEIGHTS
-from hf_fda.adapters.report import REPORT, AdapterReport
+from hf_fda.adapters.report import REPORT
 from hf_fda.anchors.beside import HeldTensors, Tensors, config_text, write_tensors
-from hf_fda.cards import model_card, shown
+from hf_fda.card_record import record_card
+from hf_fda.cards import shown
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.location import INDEX
 from hf_fda.checkpoint.writer import shard_index
@@ -26,6 +27,7 @@ from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.plans import Plan
 from hf_fda.provenance import pinned
 from hf_fda.store import WORK, Store
+from hf_fda.version import versions
 from hf_fda.vocabulary.output import GENERATION, TokenizerFiles
 from hf_fda.vocabulary.tokens import TOKENIZER_FILES
 
@@ -67,31 +69,28 @@ def publish(plan: Plan, store: Store, prints: Mapping[str, str]) -> None:
     clean(store)
 
 
-def write_record(plan: Plan, store: Store, prints: Mapping[str, str], report: AdapterReport | None = None) -> None:
-    """Write how the merge is made again, and the card.
+def write_record(plan: Plan, store: Store, prints: Mapping[str, str]) -> None:
+    """Write how the merge is made again, and the card; weights and what was found on the way are in their places.
 
     Args:
         plan: what was done.
         store: the output folder.
         prints: hashes of the rows of data, by task.
-        report: of a merged adapter, what its factors leave out.
     """
     store.write_text("merge_config.yaml", merge_yaml(plan, prints))
-    coefficients = _draw_coefficients(plan, store)
-    store.write_text("README.md", model_card(plan.arguments, card_facts(plan), report, coefficients))
+    _draw_coefficients(plan, store)
+    record_card(store, plan.arguments, card_facts(plan))
 
 
-def _draw_coefficients(plan: Plan, store: Store) -> Coefficients | None:
-    """The coefficients that the merge learnt, drawn where that can be done; None, and nothing of an earlier merge left,
-    where it learnt none."""
+def _draw_coefficients(plan: Plan, store: Store) -> None:
+    """Draw the coefficients that the merge learnt, where that can be done; where it learnt none, leave nothing of an
+    earlier merge."""
     if not isinstance(plan.config, LearnedConfig):
         store.remove(COEFFICIENTS)
         store.remove(HEAT_MAP)
-        return None
-    found = Coefficients.read(plan.output / COEFFICIENTS)
-    if can_draw():
+    elif can_draw():
+        found = Coefficients.read(plan.output / COEFFICIENTS)
         store.write_plainly(HEAT_MAP, lambda path: draw(found, path))
-    return found
 
 
 def clean(store: Store) -> None:
@@ -151,6 +150,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "data": {task: rows.shown for task, rows in plan.data.items()},
         "datasets": [str(rows.record["path"]) for rows in plan.data.values() if rows.on_hub],
         "anchors": [source.name for source in plan.anchors_made],
+        "versions": versions(),
     }
 
 

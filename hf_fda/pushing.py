@@ -14,7 +14,14 @@ from hf_fda.hub import hub_errors
 from hf_fda.patience import TRIES, patiently
 
 REPLACED = {
-    "model": ("model*.safetensors", "model.safetensors.index.json", "task_heads/*", "anchors/*"),
+    "model": (
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "task_heads/*",
+        "anchors/*",
+        "scores.json",
+        ".eval_results/*",
+    ),
     "dataset": ("blocks/*", "index/*", "rest.safetensors", "task_head/*"),
 }
 """What an earlier upload may have left on the Hub and a new one replaces as a whole."""

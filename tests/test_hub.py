@@ -23,6 +23,7 @@ import yaml
 from conftest import TEXT, fine_tune
 from hub_client import TOKEN, Away, environment_of, process
 from hub_server import FakeHub
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from vocabularies import MARKERS, bpe, llama, save, tuned, wordpiece
@@ -127,6 +128,12 @@ def rows_of(base: str, sources: dict[str, str], data: dict[str, Any], **reading:
         task: {**opened.recorded(encoded[task]), "expected": opened.count, "found": len(encoded[task])}
         for task, opened in found.items()
     }
+
+
+def scored(merged: str | Path, data: dict[str, Any]) -> dict[str, Any]:
+    """What a model scores on each task, and on what."""
+    scores = hf_fda.evaluate(merged, data, device="cpu", quiet=True)
+    return {task: (own.merged, own.data) for task, own in scores.tasks.items()}
 
 
 def hash_of(tensor: torch.Tensor) -> str:
@@ -956,3 +963,24 @@ def test_rows_that_the_hub_does_not_have_are_refused_by_name(
 def test_rows_that_are_not_cached_are_refused_offline(rows: dict[str, Any], hub: FakeHub, offline: Away) -> None:
     with pytest.raises(InputError, match="no such file or folder, and the Hub cannot be asked"):
         offline(rows_of, **rows, data={"one": "org/rows"})
+
+
+def test_scores_on_a_dataset_of_the_hub_are_pushed_in_both_forms_and_go_with_the_weights(
+    rows: dict[str, Any], hub: FakeHub, away: Away, tmp_path: Path
+) -> None:
+    base, sources = rows["base"], rows["sources"]
+    folder = merge(base, sources, tmp_path / "merged")
+    data = {"one": {"path": "org/rows:first", "label": "label"}}
+    found = away(scored, folder, data)
+    commit = commit_of(hub, "org/rows", kind="datasets")
+    about = found["one"][1]
+    assert (about.name, about.config, about.split, about.revision) == ("org/rows", "first", "train", commit)
+    away(upload, folder, "me/merged")
+    (entry,) = parse_eval_result_entries(yaml.safe_load(hub.files("me/merged")[".eval_results/one.yaml"]))
+    assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("org/rows", "first", commit)
+    (result,) = ModelCard(hub.files("me/merged")["README.md"].decode()).data.eval_results or []
+    assert (result.dataset_type, result.dataset_revision) == ("org/rows", commit)
+    assert result.metric_value == entry.value == found["one"][0]["accuracy"]
+    assert away(scored, "me/merged", data) == found
+    away(upload, merge(base, sources, folder, scaling=0.1), "me/merged")
+    assert not {"scores.json", ".eval_results/one.yaml"} & set(hub.files("me/merged"))

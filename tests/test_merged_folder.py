@@ -36,7 +36,7 @@ def test_a_plan_tells_what_will_be_done_and_writes_nothing(
         assert f"{task}: {folder}" in text
         assert f"task_heads/{task}" in text
         assert f"anchors/{task}" in text
-    for word in ("memory", "disk", "num_anchors=4", "config.json", "merge_config.yaml", "README.md"):
+    for word in ("memory", "disk", "num_anchors=4", "config.json", "merge_config.yaml", "README.md", "card.json"):
         assert word in text
     assert plan.peak_memory_bytes > 0
     assert plan.disk_bytes > 0
@@ -68,7 +68,14 @@ def test_a_merge_writes_what_its_plan_says(
             name: spec.shape for name, spec in shard.specs.items()
         }
     top = {path.name for path in merged.folder.iterdir() if path.name != ".cache"}
-    expected = {"config.json", "merge_config.yaml", "README.md", "model.safetensors.index.json", "task_heads"}
+    expected = {
+        "config.json",
+        "merge_config.yaml",
+        "README.md",
+        "card.json",
+        "model.safetensors.index.json",
+        "task_heads",
+    }
     assert top == expected | {shard.file for shard in plan.shards} | ({"anchors"} if method == "fda" else set())
     size = sum(len(content) for name, content in files(merged.folder).items() if name.endswith(".safetensors"))
     assert plan.disk_bytes > 0.5 * size

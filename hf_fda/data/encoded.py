@@ -97,4 +97,5 @@ class AsTheyAre(Encoder):
             return EncodedRow(inputs)
         real = (decoder != self.padding["decoder_input_ids"]).nonzero().flatten()
         inputs["decoder_input_ids"] = decoder = decoder[: int(real[-1]) + 1 if len(real) else 1]
-        return EncodedRow(inputs, torch.ones_like(decoder, dtype=torch.bool))
+        written = labels if labels is not None and len(labels) == len(decoder) else None
+        return EncodedRow(inputs, torch.ones_like(decoder, dtype=torch.bool), written=written)

@@ -21,11 +21,20 @@ from hf_fda.vocabulary.configuration import vocabulary_size
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row as the model takes it: `inputs` and `scored` as in `TaskRows`; `cut` says whether text was cut off."""
+    """One row as the model takes it: `inputs` and `scored` as in `TaskRows`; `cut` says whether text was cut off.
+
+    `written` are the tokens (n,) that an encoder-decoder should write, one for each position that counts.
+    """
 
     inputs: dict[str, Tensor]
     scored: Tensor | None = None
     cut: bool = False
+    written: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens a text has."""
+        return len(self.inputs["input_ids"])
 
 
 class Encoder(ABC):

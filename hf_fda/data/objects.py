@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_fda.data.tables import SOLE, Row, Table, choose_split, listed, streamed, types_of_features
+from hf_fda.data.tables import SOLE, Row, Table, choose_split, class_names, listed, streamed, types_of_features
 from hf_fda.errors import InputError
 
 IN_MEMORY = "in memory only"
@@ -50,7 +50,7 @@ def open_object(value: Any, split: str | None, label: str) -> Table:
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
         return listed(label, value if columns is not None else _Rows(value, label), facts, columns)
     if isinstance(value, IterableDataset) or type(value).__module__.startswith("datasets."):
-        return streamed(label, lambda: iter(value), facts, columns)
+        return streamed(label, lambda: iter(value), facts, columns, class_names(features))
     raise InputError(f"{label}: must be {KINDS}, not {type(value).__name__}")
 
 

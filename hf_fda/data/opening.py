@@ -80,8 +80,8 @@ class OpenedData:
         found = self.table.sample(self.given.rows, self.seed, self.task)
         encoded = [row for row in map(self.encoder, found) if row is not None]
         if not encoded:
-            raise _empty(self.table, len(found))
-        _report(self.table, len(found), encoded)
+            raise nothing_in(self.table, len(found))
+        report_rows(self.table.label, len(found), len(encoded), [row.length for row in encoded if row.cut])
         inputs = [row.inputs for row in encoded]
         scored = [row.scored for row in encoded if row.scored is not None] or None
         fingerprint = fingerprint_of(self.kind, inputs, scored)
@@ -229,25 +229,30 @@ def _first_encoded(table: Table, encoder: Encoder) -> EncodedRow:
         encoded = encoder(row)
         if encoded is not None:
             return encoded
-    raise _empty(table, tried)
+    raise nothing_in(table, tried)
 
 
-def _empty(table: Table, count: int) -> InputError:
+def nothing_in(table: Table, count: int) -> InputError:
+    """The error that of so many rows none has anything in it."""
     return InputError(
         f"{table.label}: none of {count} rows has anything in it that the model predicts on; it has the columns "
         f"{described(table.columns)}"
     )
 
 
-def _report(table: Table, read: int, encoded: Sequence[EncodedRow]) -> None:
-    """Say what of the rows was left out or cut."""
+def report_rows(label: str, read: int, encoded: int, cut: Sequence[int]) -> None:
+    """Say what of the rows was left out or cut.
+
+    Args:
+        label: what to call them.
+        read: how many were read.
+        encoded: how many of them had something in them.
+        cut: the lengths, in tokens, of those that were cut.
+    """
     said = []
-    if read > len(encoded):
-        said.append(f"{read - len(encoded)} of {read} rows have nothing in them and are left out")
-    cut = [len(row.inputs["input_ids"]) for row in encoded if row.cut]
+    if read > encoded:
+        said.append(f"{read - encoded} of {read} rows have nothing in them and are left out")
     if cut:
-        said.append(
-            f"{len(cut)} of {len(encoded)} texts are cut to {max(cut)} tokens (max_length, or all the model takes)"
-        )
+        said.append(f"{len(cut)} of {encoded} texts are cut to {max(cut)} tokens (max_length, or all the model takes)")
     if said:
-        logger.warning("%s: %s", table.label, ", ".join(said))
+        logger.warning("%s: %s", label, ", ".join(said))

@@ -14,7 +14,18 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from hf_fda.data.objects import open_object
 from hf_fda.data.request import HUB_ID, Given
-from hf_fda.data.tables import LOOKED_AT, Row, Table, choose_split, drawn, streamed, types_of, types_of_features
+from hf_fda.data.tables import (
+    LOOKED_AT,
+    Picked,
+    Row,
+    Table,
+    choose_split,
+    class_names,
+    drawn,
+    streamed,
+    types_of,
+    types_of_features,
+)
 from hf_fda.errors import InputError
 from hf_fda.hub import UNREACHABLE, first_line, hub_errors
 
@@ -94,14 +105,20 @@ def _built(path: str, given: Given, label: str) -> Table:
         with _readable(label):
             builder.download_and_prepare()
             rows = builder.as_dataset(split)
-        return [rows[row] for row in (range(len(rows)) if most is None else drawn(len(rows), most, random))]
+
+        def row(number: int) -> Row:
+            with _readable(label):
+                return rows[number]
+
+        return Picked(row, range(len(rows)) if most is None else drawn(len(rows), most, random))
 
     facts["split"] = split
+    classes = class_names(stream.features)
     if given.stream:
-        return streamed(label, first, facts | {"stream": True}, columns)
+        return streamed(label, first, facts | {"stream": True}, columns, classes)
     sizes = builder.info.splits or {}
     count = sizes[whole].num_examples if whole == split and whole in sizes else None
-    return Table(label, columns, count or None, first, read, facts)
+    return Table(label, columns, count or None, first, read, facts, classes)
 
 
 def _facts(path: str, builder: Any, given: Given, label: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def is_path(value: Any) -> bool:
 
 
 def said_on_command_line(
-    data: Sequence[str], columns: Sequence[str] = (), splits: Sequence[str] = ()
+    data: Sequence[str], columns: Sequence[str] = (), splits: Sequence[str] = (), flag: str = "--data"
 ) -> dict[str, dict[str, Any]]:
     """Data from a command line's words.
 
@@ -122,21 +122,22 @@ def said_on_command_line(
         data: "TASK=PATH" for each task.
         columns: "TASK=COLUMN" or "TASK=COLUMN,COLUMN".
         splits: "TASK=SPLIT".
+        flag: by which `data` was said.
 
     Raises:
         InputError: when a word is written otherwise, or says something of a task without data.
     """
     found: dict[str, dict[str, Any]] = {}
     for word in data:
-        task, path = _parted(word, "--data")
+        task, path = _parted(word, flag)
         if task in found:
-            raise InputError(f"--data {word}: '{task}' has data already; put the rows into one file")
+            raise InputError(f"{flag} {word}: '{task}' has data already; put the rows into one file")
         found[task] = {"path": path}
-    for flag, key, words in (("--columns", "columns", columns), ("--split", "split", splits)):
+    for other, key, words in (("--columns", "columns", columns), ("--split", "split", splits)):
         for word in words:
-            task, value = _parted(word, flag)
+            task, value = _parted(word, other)
             if task not in found:
-                raise InputError(f"{flag} {word}: '{task}' has no data: {nearest(task, found)}")
+                raise InputError(f"{other} {word}: '{task}' has no data: {nearest(task, found)}")
             found[task][key] = value.split(",") if key == "columns" else value
     return found
 

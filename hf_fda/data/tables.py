@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class Table:
 
     `label` is what to call it in messages, `columns` are their types in words by name, `count` the number of rows where
     it is known. `first` gives the rows from the first on; `read` all or at most so many of them, as a sample by a
-    random stream where they can be counted. `facts` say how to find it again.
+    random stream where they can be counted. `facts` say how to find it again. `classes` are the names of the numbers in
+    columns of labels, by column, where the dataset says them.
     """
 
     label: str
@@ -40,10 +41,29 @@ class Table:
     first: Callable[[], Iterator[Row]]
     read: Callable[[int | None, torch.Generator], Sequence[Row]]
     facts: Mapping[str, Any]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def sample(self, rows: int | None, seed: int, task: str) -> Sequence[Row]:
         """At most so many rows, the same for the same seed, in their own order."""
         return self.read(rows, random_stream(seed, "data", task))
+
+
+class Picked(Sequence[Row]):
+    """Some of a table's rows, each of them read when it is asked for.
+
+    Args:
+        row: gives a row by its number.
+        numbers: of the rows.
+    """
+
+    def __init__(self, row: Callable[[int], Row], numbers: Sequence[int]) -> None:
+        self._row, self._numbers = row, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._row(self._numbers[place])
 
 
 def listed(
@@ -58,19 +78,23 @@ def listed(
         columns: types by name; None: those of the values in the first rows.
     """
 
-    def read(most: int | None, stream: torch.Generator) -> list[Row]:
+    def read(most: int | None, stream: torch.Generator) -> Sequence[Row]:
         chosen = range(len(rows)) if most is None else drawn(len(rows), most, stream)
-        return [rows[row] for row in chosen]
+        return Picked(rows.__getitem__, chosen)
 
     def first() -> Iterator[Row]:
         return (rows[row] for row in range(len(rows)))
 
     types = types_of(list(itertools.islice(first(), LOOKED_AT))) if columns is None else columns
-    return Table(label, types, len(rows), first, read, facts)
+    return Table(label, types, len(rows), first, read, facts, class_names(getattr(rows, "features", None)))
 
 
 def streamed(
-    label: str, rows: Callable[[], Iterator[Row]], facts: Mapping[str, Any], columns: Mapping[str, str] | None = None
+    label: str,
+    rows: Callable[[], Iterator[Row]],
+    facts: Mapping[str, Any],
+    columns: Mapping[str, str] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
 ) -> Table:
     """A table of rows that can only be had one after the other; of these the first ones are read."""
 
@@ -78,7 +102,7 @@ def streamed(
         return list(itertools.islice(rows(), most))
 
     types = types_of(list(itertools.islice(rows(), LOOKED_AT))) if columns is None else columns
-    return Table(label, types, None, rows, read, facts)
+    return Table(label, types, None, rows, read, facts, classes or {})
 
 
 def drawn(count: int, most: int, stream: torch.Generator) -> list[int]:
@@ -151,6 +175,12 @@ def _type_of_feature(feature: Any) -> str:
     if isinstance(feature, Mapping):
         return f"mapping of {', '.join(feature)}"
     return kind
+
+
+def class_names(features: Any) -> dict[str, list[str]]:
+    """The names of the numbers in a dataset's columns of labels, and of lists of labels; none without features."""
+    inner = {name: getattr(own, "feature", own) for name, own in (features or {}).items()}
+    return {name: list(own.names) for name, own in inner.items() if type(own).__name__ == "ClassLabel"}
 
 
 def choose_split(splits: Sequence[str], wanted: str | None, label: str) -> str:

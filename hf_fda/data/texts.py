@@ -134,9 +134,10 @@ class Rewritten(Tokenizing):
         target = text_of(row, [self.columns.target])
         if target is None:
             return None
-        written, cut_too = self.encode(text_target=target[0])
-        inputs["decoder_input_ids"] = torch.tensor([self.start, *written["input_ids"][:-1]])
-        return EncodedRow(inputs, torch.ones(len(written["input_ids"]), dtype=torch.bool), cut or cut_too)
+        found, cut_too = self.encode(text_target=target[0])
+        written = torch.tensor(found["input_ids"])
+        inputs["decoder_input_ids"] = torch.cat([written.new_tensor([self.start]), written[:-1]])
+        return EncodedRow(inputs, torch.ones(len(written), dtype=torch.bool), cut or cut_too, written)
 
 
 def prompt_of(row: Row, columns: Columns, between: str) -> str | None:

@@ -141,7 +141,7 @@ class AdapterAssembly(Assembly):
         write_heads(self.plan, store)
         copy_processors(self.plan)
         store.write_text(REPORT, report.text())
-        write_record(self.plan, store, self.run.data_prints)
+        write_record(self.plan, store, self.run.data_prints, self.run.spent)
         store.write_text(CONFIG, config_text(config))
         shutil.rmtree(folder / FACTORS, ignore_errors=True)
         clean(store)

@@ -96,7 +96,7 @@ class CheckpointAssembly(Assembly):
 
     def publish(self) -> None:
         """Put the finished files in their place and write everything around them."""
-        publish(self.plan, self.run.store, self.run.data_prints)
+        publish(self.plan, self.run.store, self.run.data_prints, self.run.spent)
 
     def tensors_in(self, shard: Shard) -> set[str]:
         """The base's names of the tensors in a weight file."""

@@ -21,7 +21,9 @@ RECORD = "card.json"
 README = "README.md"
 
 
-def record_card(store: Store, arguments: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def record_card(
+    store: Store, arguments: Mapping[str, Any], facts: Mapping[str, Any], spent: Mapping[str, Any] | None
+) -> None:
     """Write the card of a merge that is finished, and what it is made of.
 
     Scores of the same weights that lie in the folder are in it; those of an earlier merge are removed.
@@ -30,11 +32,14 @@ def record_card(store: Store, arguments: Mapping[str, Any], facts: Mapping[str, 
         store: the merged folder.
         arguments: the merge as `merge_config.yaml` records it.
         facts: what the plan knows, as plain values.
+        spent: what the run took (`Run.spent`); None where it had nothing to do: then what the earlier one took stays.
     """
+    if spent is None and (store.folder / RECORD).is_file():
+        spent = read_record(store.folder)["facts"].get("spent")
     scores = read_scores(store.folder)
     if scores is None:
         store.remove(SCORES)
-    own, known = json.loads(json.dumps([arguments, facts]))  # as they will be read again
+    own, known = json.loads(json.dumps([arguments, {**facts, "spent": spent}]))  # as they will be read again
     _write(store, own, known, scores)
 
 

@@ -97,7 +97,23 @@ def model_card(
         heat_map=HEAT_MAP if can_draw() else None,
         licence_line=licence_line,
         scores=scores,
+        spent=_spent(facts.get("spent")),
     )
+
+
+def _spent(spent: Mapping[str, Any] | None) -> str:
+    """What a run took, in a sentence; nothing where it is not known."""
+    if not spent:
+        return ""
+    several = spent["processes"] > 1
+    where = f"{spent['processes']} processes" if several else spent["hardware"]
+    text = f"It took {spent['seconds']:,.1f} seconds on {where}"
+    text += f" ({spent['hardware']} each)" if several else ""
+    peaks = {"": spent["peak_bytes"], " on the device": spent["device_peak_bytes"]}
+    held = " and ".join(f"{peak / 1e6:,.0f} MB{place}" for place, peak in peaks.items() if peak)
+    who = "the first process" if several else "the process"
+    text += f"; {who} held at most {held}, libraries included." if held else "."
+    return text + (" It went on from what an earlier run had finished." if spent["resumed"] else "")
 
 
 def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], where: str = "PATH_OR_DATASET_ID") -> str:

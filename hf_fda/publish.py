@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -41,7 +42,7 @@ PROCESSORS = (
 """Files beside weights and tokenizer that a merged model takes over from its base."""
 
 
-def publish(plan: Plan, store: Store, prints: Mapping[str, str]) -> None:
+def publish(plan: Plan, store: Store, prints: Mapping[str, str], spent: Mapping[str, Any] | None) -> None:
     """Move finished weight files into place and write everything around them; `config.json` comes last.
 
     Until it is there no library takes the folder for a model, so an interruption leaves nothing that looks finished.
@@ -50,6 +51,7 @@ def publish(plan: Plan, store: Store, prints: Mapping[str, str]) -> None:
         plan: what was done.
         store: the output folder.
         prints: hashes of the rows of data, by task.
+        spent: what the run took (`Run.spent`); None where it had nothing to do.
     """
     folder = plan.output
     weights = {sha_name: store.work / "staged" / sha_name for sha_name in (shard.file for shard in plan.shards)}
@@ -64,22 +66,23 @@ def publish(plan: Plan, store: Store, prints: Mapping[str, str]) -> None:
     write_heads(plan, store)
     copy_processors(plan)
     config = _output_config(plan)
-    write_record(plan, store, prints)
+    write_record(plan, store, prints, spent)
     store.write_text("config.json", config)
     clean(store)
 
 
-def write_record(plan: Plan, store: Store, prints: Mapping[str, str]) -> None:
+def write_record(plan: Plan, store: Store, prints: Mapping[str, str], spent: Mapping[str, Any] | None) -> None:
     """Write how the merge is made again, and the card; weights and what was found on the way are in their places.
 
     Args:
         plan: what was done.
         store: the output folder.
         prints: hashes of the rows of data, by task.
+        spent: as `publish`.
     """
     store.write_text("merge_config.yaml", merge_yaml(plan, prints))
     _draw_coefficients(plan, store)
-    record_card(store, plan.arguments, card_facts(plan))
+    record_card(store, plan.arguments, card_facts(plan), spent)
 
 
 def _draw_coefficients(plan: Plan, store: Store) -> None:

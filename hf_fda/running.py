@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from hf_fda.data.rows import TaskRows
 from hf_fda.plans import Plan
 from hf_fda.preparing.targets import with_targets
 from hf_fda.processes import Team
 from hf_fda.progress import Progress
+from hf_fda.spending import Meter
 from hf_fda.stages import Piece, find_finished, work_off
 from hf_fda.store import Store
 from hf_fda.streaming.taskvectors import TaskVectors
@@ -23,8 +25,8 @@ ROWS = "/rows"
 class Run:
     """One process's part in making a plan come true.
 
-    `store` is its output folder, `vectors` reads base and sources, `team` are the processes that work together, and
-    `progress` whom they tell.
+    `store` is its output folder, `vectors` reads base and sources, `team` are the processes that work together,
+    `progress` whom they tell, and `meter` measures what it takes.
     """
 
     plan: Plan
@@ -32,7 +34,13 @@ class Run:
     vectors: TaskVectors
     team: Team
     progress: Progress
+    meter: Meter = field(default_factory=Meter)
     _rows: dict[str, TaskRows] = field(default_factory=dict)
+
+    @property
+    def spent(self) -> dict[str, Any] | None:
+        """What this run took so far, as `Meter.spending`."""
+        return self.meter.spending(self.plan.device, self.team.count)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -61,7 +69,9 @@ class Run:
 
     def finished(self, pieces: Sequence[Piece]) -> list[bool]:
         """Which pieces an earlier run finished."""
-        return find_finished(pieces, self.store, self.team)
+        found = find_finished(pieces, self.store, self.team)
+        self.meter.count(found)
+        return found
 
     def work_off(self, pieces: Sequence[Piece], finished: Sequence[bool] | None = None) -> None:
         """Do what is not finished, together with the other processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,18 @@ def test_what_is_merged_says_what_it_is(classifiers: Any, tmp_path: Path) -> Non
         assert all(word in text for word in ("ties", *sources, "whole model"))
     assert "&lt;out&gt;" in merged._repr_html_() and "<out>" not in plan._repr_html_()
     assert "not finished" in repr(hf_fda.Merged(tmp_path / "nothing"))
+
+
+def test_the_card_says_what_the_run_took_also_when_it_is_made_again(classifiers: Any, tmp_path: Path) -> None:
+    base, sources = classifiers
+    given = (base, sources, "ties", tmp_path / "out")
+    card = hf_fda.merge(*given, device="cpu", quiet=True).folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    took = re.search(r"It took ([\d.]+) seconds on .* thread.*; the process held at most ([\d,]+) MB", text)
+    assert took is not None and float(took[1]) < 100 and int(took[2].replace(",", "")) > 50
+    assert "went on" not in text
+    hf_fda.merge(*given, device="cpu", quiet=True)  # nothing to do
+    assert card.read_text(encoding="utf-8") == text
+    (tmp_path / "out" / "model.safetensors").unlink()
+    hf_fda.merge(*given, device="cpu", quiet=True)
+    assert "It took" in card.read_text(encoding="utf-8")

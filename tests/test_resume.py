@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import files as contents
 
 import hf_fda
 from hf_fda.errors import RunError
@@ -28,15 +28,6 @@ SETTINGS: dict[str, Any] = {
     "quiet": True,
     "device": "cpu",
 }
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """A hash of every file that a user sees, by its path inside the folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".cache" not in path.parts
-    }
 
 
 def times(folder: Path, pattern: str) -> dict[str, int]:

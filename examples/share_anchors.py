@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 PRIVATE = "hf_of_nobody"
 """The token for the small server, which takes any."""
@@ -89,9 +88,9 @@ def share(options: argparse.Namespace) -> None:
         merged = hf_fda.merge(
             base_id, {name: f"{me}/anchors-{name}" for name in names}, output=work / "merged", quiet=True
         )
-    data = {name: rows_of(options.tasks / f"{name}.test.jsonl", options.rows) for name in names}
+    data = {name: str(options.tasks / f"{name}.test.jsonl") for name in names}
     with timed("score the merge"):
-        scores = hf_fda.evaluate(merged, data, max_length=64, quiet=True)
+        scores = hf_fda.evaluate(merged, data, rows=options.rows, max_length=64, quiet=True)
     with timed("publish the merge"):
         print(merged.push_to_hub(f"{me}/merged"))
     print("\n| task | checkpoint, MB | anchors, MB |\n| --- | --- | --- |")
@@ -111,14 +110,6 @@ def publish_base(folder: str, repo_id: str) -> str:
     if not api.file_exists(repo_id, "config.json"):
         api.upload_folder(repo_id=repo_id, folder_path=folder)
     return repo_id
-
-
-def rows_of(path: Path, count: int) -> Any:
-    """The first labelled rows of a file."""
-    from datasets import load_dataset
-
-    rows: Any = load_dataset("json", data_files=str(path), split="train")
-    return rows.select(range(min(count, len(rows))))
 
 
 def main() -> int:

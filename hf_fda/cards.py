@@ -28,6 +28,21 @@ if TYPE_CHECKING:
 STATED = ("tokenizer", "pad_to_multiple_of")
 """Arguments that a card lists where they were given."""
 
+OF_DATA = ("rows", "max_length", "with_data")
+"""Options that mean nothing to a merge that looked at no data."""
+
+PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForImageTextToText": "image-text-to-text",
+    "Model": "feature-extraction",
+}
+"""The Hub's words for what classes of models do, by the ends of their names; of others the card says nothing."""
+
 ROUNDING = 1e-5
 """Share of a norm below which what factors leave out is rounding."""
 
@@ -69,15 +84,22 @@ def model_card(
     }
     if not metadata["base_model"]:
         del metadata["base_model"], metadata["base_model_relation"]
-    if facts["datasets"]:
-        metadata["datasets"] = list(dict.fromkeys(facts["datasets"]))
+    datasets = [*facts["datasets"], *_anchors_datasets(arguments)]
+    if datasets:
+        metadata["datasets"] = list(dict.fromkeys(datasets))
     if licence:
         metadata["license"] = licence
+    if facts["languages"]:
+        metadata["language"] = list(facts["languages"])
+    if pipeline := _pipeline(facts["model_class"]):
+        metadata["pipeline_tag"] = pipeline
     title = f"{', '.join(arguments['sources'])}: merged by {arguments['method']}"
     if scores is not None and (index := model_index(scores, title)):
         metadata["model-index"] = index
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
     settings |= {name: arguments[name] for name in STATED if name in arguments}
+    if not facts["data"]:
+        settings = {name: value for name, value in settings.items() if name not in OF_DATA}
     if report is not None:
         settings |= _budget(arguments, report)
     return _render(
@@ -99,6 +121,21 @@ def model_card(
         scores=scores,
         spent=_spent(facts.get("spent")),
     )
+
+
+def _anchors_datasets(arguments: Mapping[str, Any]) -> list[str]:
+    """The Hub names of the anchors that were merged."""
+    given = [*arguments["sources"].values(), *arguments.get("anchors", {}).values()]
+    return [id.removeprefix("datasets/").partition("@")[0] for id in given if id.startswith("datasets/")]
+
+
+def _pipeline(model_class: str) -> str | None:
+    """The Hub's word for what a class of models does.
+
+    >>> _pipeline("LlamaForCausalLM")
+    'text-generation'
+    """
+    return next((tag for end, tag in PIPELINES.items() if model_class.endswith(end)), None)
 
 
 def _spent(spent: Mapping[str, Any] | None) -> str:

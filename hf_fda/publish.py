@@ -22,8 +22,8 @@ from hf_fda.checkpoint.location import INDEX
 from hf_fda.checkpoint.writer import shard_index
 from hf_fda.coefficients import COEFFICIENTS, HEAT_MAP, Coefficients, can_draw, draw
 from hf_fda.heads import TaskHead, head_files
+from hf_fda.input_cards import UNKNOWN, languages_of, licences_of
 from hf_fda.inputs import Inputs, Source
-from hf_fda.licences import UNKNOWN, licences_of
 from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.plans import Plan
 from hf_fda.provenance import pinned
@@ -148,6 +148,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "paper": plan.config.paper,
         "notes": list(plan.notes),
         "licences": {name: licences_of(checkpoint) for name, checkpoint in checkpoints.items()} | anchored,
+        "languages": list(dict.fromkeys(own for one in checkpoints.values() for own in languages_of(one))),
         "models": [pinned(own.id, own.commit) for one in checkpoints.values() for own in one.origins],
         "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
         "data": {task: rows.shown for task, rows in plan.data.items()},

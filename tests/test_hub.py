@@ -733,7 +733,8 @@ def test_a_merge_of_anchors_from_the_hub_is_made_again_from_its_record(
     recorded = yaml.safe_load((first / "merge_config.yaml").read_text(encoding="utf-8"))
     assert recorded["sources"]["task0"].endswith(f"me/one@{commit_of(hub, 'me/one', kind='datasets')}")
     metadata = yaml.safe_load((first / "README.md").read_text(encoding="utf-8").split("---")[1])
-    assert metadata["base_model"] == ["org/base"]  # models only, no datasets
+    assert metadata["base_model"] == ["org/base"]  # models only
+    assert metadata["datasets"] == ["me/one"]
     away(anchors_pushed, anchors["two"], "me/one")
     words = ("merge", str(first / "merge_config.yaml"), "--output", str(tmp_path / "again"), "--quiet")
     assert away(command, *words) == (0, "", "")

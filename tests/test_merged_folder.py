@@ -300,3 +300,13 @@ def test_the_card_says_what_the_run_took_also_when_it_is_made_again(classifiers:
     (tmp_path / "out" / "model.safetensors").unlink()
     hf_fda.merge(*given, device="cpu", quiet=True)
     assert "It took" in card.read_text(encoding="utf-8")
+
+
+def test_the_card_says_what_the_model_does_and_in_which_languages(saved: Any, tmp_path: Path) -> None:
+    base, (one, two) = saved("llama", 2)
+    (one / "README.md").write_text("---\nlanguage: [en, de]\n---\n", encoding="utf-8")
+    (two / "README.md").write_text("---\nlanguage: en\n---\n", encoding="utf-8")
+    merged = hf_fda.merge(base, [one, two], "linear", tmp_path / "out", device="cpu", quiet=True)
+    metadata = yaml.safe_load((merged.folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert metadata["language"] == ["en", "de"]

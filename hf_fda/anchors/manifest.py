@@ -15,7 +15,7 @@ from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.likeness import likeness
 from hf_fda.checkpoint.untrusted import read_json
 from hf_fda.errors import InputError, nearest
-from hf_fda.licences import licences_of
+from hf_fda.input_cards import licences_of
 from hf_fda.version import versions
 
 MANIFEST = "anchors.json"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
 from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan, Target
 from hf_fda.blocks import Unit
-from hf_fda.costs import tokens_of, width
-from hf_fda.divergence.footprint import learning_bytes
+from hf_fda.costs import outputs, tokens_of, width
+from hf_fda.divergence.footprint import KEPT, learning_bytes
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.states.footprint import StatesFootprint
+from hf_fda.states.objective import FORWARD
 from hf_fda.statistics.footprint import statistics_bytes
-from hf_fda.streaming.footprint import Footprint
+from hf_fda.streaming.footprint import AROUND, Footprint
 
 if TYPE_CHECKING:
     from hf_fda.plans import Plan
@@ -46,16 +47,33 @@ def _unit_stages(plan: Plan, config: UnitwiseConfig) -> list[int]:
     """What the units need while they are matched, one by one."""
     inputs, states = plan.inputs, StatesFootprint.of(plan.inputs, config, plan.data)
     found = []
+    batch = 0
     if states.vectors:
-        largest = max(_entries(inputs, unit.tensors) for unit in plan.units)
-        found.append(states.recording(plan.units) + 4 * largest)
+        assert isinstance(config, FDAConfig | DistillConfig)
+        found.append(states.recording(plan.units) + recording_bytes(inputs, plan.units, states.positions))
+        each = max(outputs(inputs.base, unit.tensors) for unit in plan.units)
+        batch = int(4 * KEPT * each * (config.batch_size or 0) * states.positions)
     if isinstance(config, FDAConfig):
-        beside = states.learning(1) if states.vectors else 0
+        beside = states.learning(1) + batch if states.vectors else 0
         anchored = any(plan.anchored(source) for source in inputs.sources)
         found += [adaptation_bytes(inputs, config, unit, plan.ranks, anchored) + beside for unit in plan.units]
     if isinstance(config, DistillConfig):
-        found += [distillation_bytes(inputs, unit) + states.learning(2) for unit in plan.units]
+        found += [distillation_bytes(inputs, unit) + states.learning(2) + batch for unit in plan.units]
     return found
+
+
+def recording_bytes(inputs: Inputs, units: Sequence[Unit], positions: int) -> int:
+    """A whole source in float32, and what a block makes of the rows that run together, before and after its widest
+    layer.
+
+    Args:
+        inputs: base and sources.
+        units: whose hidden states are recorded.
+        positions: of a row.
+    """
+    whole = max(sum(prod(own.checkpoint.shape(name)) for name in own.checkpoint.names) for own in inputs.weighted)
+    widest = max((inputs.base.layout.shapes[name][0] for unit in units for name in unit.tensors), default=0)
+    return AROUND + 4 * (whole + 2 * FORWARD * positions * widest)
 
 
 def merged_by_method(plan: Plan) -> list[str]:

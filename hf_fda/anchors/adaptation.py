@@ -15,6 +15,7 @@ from hf_fda.anchors.distance import distance
 from hf_fda.anchors.metric import shift_metric
 from hf_fda.anchors.stepping import Moves, Product, Stepper
 from hf_fda.blocks.capture import UnitCall
+from hf_fda.devices import release_memory
 from hf_fda.errors import RunError
 from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods.fda import AdaptationDistance, FDAConfig, Schedule
@@ -220,6 +221,7 @@ def adapt_unit(
             rate = 1.0 if schedule == "constant" else 1 - stepper.steps / total
             stepper.step(torch.autograd.grad(loss, parameters, materialize_grads=True), rate)
             summed += loss.detach()
+        release_memory()  # real rows are of many lengths
         if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
             current = float(summed) / objective.divisor
             if not math.isfinite(current):

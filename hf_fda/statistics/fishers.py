@@ -11,11 +11,15 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.data.rows import TaskRows
+from hf_fda.devices import release_memory
 from hf_fda.divergence.task_models import logits_of, source_model
 from hf_fda.statistics.likelihood import directions
 
 SQUARES = "/squares"
 """The name, which no tensor has, of the sum of the squares of all that a file holds."""
+
+OFTEN = 8
+"""Rows between two returns of freed memory."""
 
 
 def diagonal_fisher(
@@ -62,6 +66,8 @@ def diagonal_fisher(
         along = directions(logits, rows.kind, samples, generator)
         for number, direction in enumerate(along):
             logits.backward(direction, retain_graph=number + 1 < len(along))
+        if row % OFTEN == 0:
+            release_memory()  # rows are of many lengths
         report(row)
     for hook in hooks:
         hook.remove()

@@ -81,10 +81,10 @@ def _fisher(
     inputs: Inputs, config: FisherConfig, names: Sequence[str], rows: Mapping[str, OpenedData]
 ) -> tuple[int, int]:
     """A whole source, as many sums, the activations of a row and the largest gradient: it is copied while the graph is
-    kept, and tied embeddings hold that of their first use meanwhile."""
+    kept, squared, and tied embeddings hold that of their first use meanwhile."""
     base = inputs.base
     whole = max(_bytes(own.checkpoint, own.checkpoint.names, itemsize=4) for own in inputs.weighted)
-    gradient = 3 * max((_bytes(base, [name], itemsize=4) for name in names), default=0)
+    gradient = 4 * max((_bytes(base, [name], itemsize=4) for name in names), default=0)
     text: Any = base.layout.config.get_text_config()
     answers = int(getattr(text, "vocab_size", 0)) * 8 if any(own.kind == "tokens" for own in rows.values()) else 0
     each = KEPT * outputs(base, base.names) + answers

@@ -44,6 +44,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "divmerge, tensor": {"method": "divmerge", "granularity": "tensor"},
     "divmerge, tensor, top 50": {"method": "divmerge", "granularity": "tensor", "top_k": 50},
     "divmerge, tensor, forward-kl": {"method": "divmerge", "granularity": "tensor", "divergence": "forward-kl"},
+    "divmerge of task vectors, tensor": {"method": "divmerge", "initial": "task_arithmetic"},
 }
 
 

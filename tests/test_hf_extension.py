@@ -9,21 +9,20 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pytest
 from huggingface_hub.cli.extensions import ExtensionManifest
 
-SCRIPT = shutil.which("hf-fda", path=str(Path(sys.executable).parent))
+SCRIPTS = str(Path(sys.executable).parent)
 
 
-@pytest.mark.skipif(SCRIPT is None, reason="the package is not installed, so there is no console script")
 def test_hf_runs_the_console_script(tmp_path: Path) -> None:
-    assert SCRIPT is not None
+    script, program = shutil.which("hf-fda", path=SCRIPTS), shutil.which("hf", path=SCRIPTS)
+    assert script and program, "the tests run where the package is installed"
     manifest = ExtensionManifest(
         owner="org",
         repo="hf-fda",
         repo_id="org/hf-fda",
         short_name="fda",
-        executable_path=SCRIPT,
+        executable_path=script,
         type="python",
         installed_at=datetime.now(UTC),
     )
@@ -31,7 +30,6 @@ def test_hf_runs_the_console_script(tmp_path: Path) -> None:
     environment = {**os.environ, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
 
     def hf(*words: str) -> subprocess.CompletedProcess[str]:
-        program = str(Path(SCRIPT or "").with_name("hf"))
         return subprocess.run([program, *words], env=environment, capture_output=True, text=True, timeout=120)
 
     found = hf("fda", "methods", "ties")

@@ -99,7 +99,7 @@ def build(files: AdapterFiles, base: ModelLayout) -> Skeleton:
             warnings.simplefilter("ignore")
             wrapped: Any = PeftModel(model, own, ADAPTER, low_cpu_mem_usage=True)
             result: Any = set_peft_model_state_dict(wrapped, files.tensors | wide, ADAPTER, low_cpu_mem_usage=True)
-    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:  # all that PEFT raises where it does not fit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{files.id}: the adapter does not fit the base, a {base.model_class.__name__} ({reason})"

@@ -21,7 +21,6 @@ from hf_fda.given_anchors import agree_with_anchors, check_base, check_given, wi
 from hf_fda.inputs import Inputs, open_inputs, with_ties_apart
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method, with_source_names
 from hf_fda.merge_methods.distill import DistillConfig
-from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.merge_methods.looking import RowsConfig
 from hf_fda.merge_methods.regmean import RegMeanPlusConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
@@ -226,8 +225,6 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
             raise InputError(f"source '{without[0]}' is anchors only; method '{config.name}' needs its weights")
         if isinstance(config, (DistillConfig, RegMeanPlusConfig)):
             require_blocks(inputs.base.layout)
-        if isinstance(config, LearnedConfig):
-            config = config.completed()
         if isinstance(config, DistillConfig):
             thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
             config = config.completed(names, family_of(inputs.base.layout), thin)

@@ -33,14 +33,14 @@ def learning_bytes(inputs: Inputs, config: LearnedConfig, names: Sequence[str], 
         rows: of data, by task.
     """
     sources = inputs.weighted
-    held = held_bytes(inputs.base, sources, names, config.task_vectors, initial=config.moves)
+    held = held_bytes(inputs.base, sources, names, config.task_vectors, initial=config.initial)
     heads = 4 * sum(prod(source.checkpoint.shape(name)) for source in sources for name in source.extra)
     # Tied embeddings hold the gradient of their first use until that of the other is there
     gradient = 4 * 2 * max((prod(inputs.base.shape(name)) for name in names), default=0)
     alone = max(4 * sum(prod(own.checkpoint.shape(name)) for name in own.checkpoint.names) for own in sources)
     activations = max((_activation_bytes(inputs, config, own) for own in rows.values()), default=0)
     # All task tensors of one weight with their decompositions
-    making = 3 * len(sources) * gradient // 2 if config.moves == "tsv" else 0
+    making = 3 * len(sources) * gradient // 2 if config.initial == "tsv" else 0
     return max(held + heads + max(gradient + activations, making), alone + activations // 2)
 
 

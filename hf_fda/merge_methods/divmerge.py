@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hf_fda.merge_methods.config import option
-from hf_fda.merge_methods.learned import Initial, LearnedConfig
+from hf_fda.merge_methods.learned import INITIAL, Initial, LearnedConfig
 from hf_fda.merge_methods.registry import register_config
 
 Measure = Literal["jensen-shannon", "forward-kl", "reverse-kl"]
@@ -21,8 +21,8 @@ class DivMergeConfig(LearnedConfig):
     summary: ClassVar[str] = "weights of the sources by which the outputs diverge least from each source's"
     paper: ClassVar[str] = "DivMerge, arXiv 2509.02108"
     takes_anchors: ClassVar[bool] = True
-    usual: ClassVar[Initial] = "tsv"
 
+    initial: Initial = option("tsv", INITIAL)
     divergence: Measure = option("jensen-shannon", "of the merged model's outputs from the source's on its own rows")
     balance: bool = option(
         True, "divide each task's divergence by what it is at the start, so that no task's large ones drown another's"

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from hf_fda.errors import InputError
 from hf_fda.merge_methods.config import Scope, TaskVectorConfig, WeightedConfig, option
@@ -17,6 +16,10 @@ Granularity = Literal["task", "block", "tensor"]
 Order = Literal["mixed", "turn"]
 Schedule = Literal["constant", "linear"]
 Initial = Literal["task_arithmetic", "tsv"]
+INITIAL = (
+    "the merge whose weights are learnt: of the task vectors, or of their leading singular directions made orthogonal "
+    "to the other tasks'"
+)
 TaskVectorForm = Literal["float32", "bfloat16", "disk"]
 """How dense task vectors are held: in the type that is computed in; rounded to bfloat16 after the difference was taken
 (8 significant bits of the change, not of the weight), at half the memory; or not at all, but read at each use."""
@@ -28,19 +31,13 @@ class LearnedConfig(WeightedConfig, RowsConfig):
 
     plain_start: ClassVar[float] = 0.4
     """What coefficients of plain task vectors start from, unless `scaling` says otherwise."""
-    usual: ClassVar[Initial] = "task_arithmetic"
-    """What `initial` is, unless it is given."""
 
     weights: tuple[float, ...] | dict[str, float] | None = option(
         None,
         "a factor for each source's part of what is minimised: a list in the order of the sources, or by source name",
         per_source=True,
     )
-    initial: Initial | None = option(
-        None,
-        "the merge whose weights are learnt: of the task vectors, or of their leading singular directions made "
-        "orthogonal to the other tasks'; none: tsv with divmerge, unless task vectors are read from disk",
-    )
+    initial: Initial = option("task_arithmetic", INITIAL)
     granularity: Granularity = option(
         "tensor", "which tensors share a coefficient: all of them, those of a block, or none"
     )
@@ -72,11 +69,6 @@ class LearnedConfig(WeightedConfig, RowsConfig):
                 "task_vectors 'float32' or 'bfloat16', or initial 'task_arithmetic'"
             )
 
-    def completed(self) -> Self:
-        """The config with every open option filled in."""
-        usual: Initial = "task_arithmetic" if self.task_vectors == "disk" else self.usual
-        return dataclasses.replace(self, initial=self.initial or usual)
-
     @property
     def start(self) -> float:
         """The coefficients to start from."""
@@ -85,14 +77,9 @@ class LearnedConfig(WeightedConfig, RowsConfig):
         return 1.0 if self.learnt is TSVConfig else self.plain_start
 
     @property
-    def moves(self) -> Initial:
-        """What the coefficients are of; before the config is complete, task vectors."""
-        return self.initial or "task_arithmetic"
-
-    @property
     def learnt(self) -> type[TaskVectorConfig]:
         """The method whose weights are learnt."""
-        return TSVConfig if self.moves == "tsv" else TaskArithmeticConfig
+        return TSVConfig if self.initial == "tsv" else TaskArithmeticConfig
 
     @property
     def works_on(self) -> Scope:

@@ -91,7 +91,7 @@ class AnchoredPreparation(CoefficientPreparation):
     def _moves(self, name: str) -> list[Tensor]:
         """What each source's coefficient is of, in one tensor."""
         tasks = self.run.vectors.read(name, torch.float32)[1]
-        if self.config.moves == "task_arithmetic":
+        if self.config.initial == "task_arithmetic":
             return tasks
         parts = orthogonal_parts(tasks, self.plan.inputs.base.layout.roles[name])
         return [part.dense() if isinstance(part, LowRank) else part for part in parts]

@@ -95,7 +95,7 @@ class LearnedPreparation(CoefficientPreparation):
             config.start,
             config.task_vectors,
             self.plan.device,
-            initial=config.moves,
+            initial=config.initial,
         )
         tasks = [self._task(source, parameters) for source in self.sources]
         learned = learn(

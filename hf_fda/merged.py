@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
-import yaml
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -20,11 +19,12 @@ from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, model_class_of
 from hf_fda.checkpoint.location import Location, locate
 from hf_fda.checkpoint.reader import FileCheckpoint, is_unknown
+from hf_fda.checkpoint.untrusted import parse_yaml
 from hf_fda.coefficients import COEFFICIENTS, Coefficients
 from hf_fda.errors import InputError, few, nearest
 from hf_fda.evaluation.scores import Scores, read_scores
-from hf_fda.notebook import html_table
-from hf_fda.pushing import push
+from hf_fda.printing import html_table
+from hf_fda.pushing import PushOptions, push
 
 HEADS = "task_heads"
 
@@ -68,7 +68,7 @@ class Merged:
         path = self.folder / "merge_config.yaml"
         if not path.is_file():
             return [("state", "not finished")]
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        record = parse_yaml(path.read_text(encoding="utf-8"))
         names = {"method": "method", "merge_method": "method", "base": "base", "base_model": "base"}
         facts = [(label, str(record[name])) for name, label in names.items() if name in record]
         facts += [("sources", ", ".join(record["sources"]))] if "sources" in record else []
@@ -79,38 +79,17 @@ class Merged:
         """The transformers model, as `load`."""
         return load(self.folder, task, **kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
         """Upload the folder as a Hub model.
 
         Args:
             repo_id: "org/name"; made if it is not there.
-            private: make it private.
-            token: an access token; the saved one if None.
-            revision: a branch; the main one if None.
-            commit_message: of the commit.
-            create_pr: open a pull request with it.
+            options: private, token, revision, commit_message and create_pr, as `hf_fda.pushing.push`.
 
         Returns:
             the address of the commit, or of the pull request.
         """
-        return push(
-            self.folder,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        return push(self.folder, repo_id, **options)
 
 
 def load(

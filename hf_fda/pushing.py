@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 from huggingface_hub import HfApi
 
@@ -25,6 +26,16 @@ REPLACED = {
     "dataset": ("blocks/*", "index/*", "rest.safetensors", "task_head/*"),
 }
 """What an earlier upload may have left on the Hub and a new one replaces as a whole."""
+
+
+class PushOptions(TypedDict, total=False):
+    """The arguments that `push` takes by name, as the methods take them that call it."""
+
+    private: bool | None
+    token: str | None
+    revision: str | None
+    commit_message: str | None
+    create_pr: bool
 
 
 def push(

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -26,7 +26,7 @@ from hf_fda.checkpoint.untrusted import check_link
 from hf_fda.errors import InputError, nearest
 from hf_fda.hub import hub_errors
 from hf_fda.processes import together
-from hf_fda.pushing import push
+from hf_fda.pushing import PushOptions, push
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -286,43 +286,22 @@ class FunctionalDualAnchors:
         write_frame(target, narrowing.info, where)
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        dtype: str | None = None,
-        base: Any = None,
+        self, repo_id: str, *, dtype: str | None = None, base: Any = None, **options: Unpack[PushOptions]
     ) -> str:
         """Upload the anchors as a Hub dataset.
 
         Args:
             repo_id: "org/name"; made if it is not there.
-            private: make it private.
-            token: an access token; the saved one if None.
-            revision: a branch; the main one if None.
-            commit_message: of the commit.
-            create_pr: open a pull request with it.
-            dtype: type to store anchors and targets in, as `save_pretrained`; so is `base`.
+            dtype: type to store anchors and targets in, as `save_pretrained`.
             base: as `save_pretrained`.
+            options: private, token, revision, commit_message and create_pr, as `hf_fda.pushing.push`.
 
         Returns:
             the address of the commit, or of the pull request.
         """
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder), Narrowing.of(self.info, dtype, base, "auto"), repo_id)
-            return push(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
+            return push(folder, repo_id, **options)
 
 
 def hidden_size(config: Any) -> int:

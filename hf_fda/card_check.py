@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCard, ModelCard, RepoCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_fda.checkpoint.untrusted import parse_yaml
 from hf_fda.errors import InputError
 from hf_fda.hub import first_line
 
@@ -40,7 +41,7 @@ def check_card(folder: Path, kind: str) -> None:
         raise InputError(f"{path}: it has no metadata (a block between two lines of ---); put it back")
     try:
         card_class(text, ignore_metadata_errors=False)
-        metadata = yaml.safe_load(text.split("\n---", 1)[0])
+        metadata = parse_yaml(text.split("\n---", 1)[0])
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise InputError(f"{path}: its metadata is broken ({first_line(error)}); mend it") from None
     for problem in _problems(metadata):

@@ -43,11 +43,12 @@ def record_card(
     _write(store, own, known, scores)
 
 
-def remake_card(folder: Path) -> Path:
+def remake_card(folder: Path, scores: Scores | None = None) -> Path:
     """Make the card of a merged folder anew, from what is recorded there.
 
     Args:
         folder: the merged folder.
+        scores: of its weights; None: those that lie in it.
 
     Returns:
         the card's file.
@@ -56,7 +57,7 @@ def remake_card(folder: Path) -> Path:
         InputError: when the folder does not say what its card is made of.
     """
     record = read_record(folder)
-    _write(Store(folder), record["arguments"], record["facts"], read_scores(folder))
+    _write(Store(folder), record["arguments"], record["facts"], scores or read_scores(folder))
     return folder / README
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fda.errors import RunError
+from hf_fda.printing import text_table
 
 COEFFICIENTS = "coefficients.json"
 """The file in a merged folder that says what was learnt."""
@@ -97,14 +98,7 @@ class Coefficients:
 
     def __str__(self) -> str:
         rows = [("", *self.sources), *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if not n else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return "\n".join(text_table(rows, right=range(1, len(rows[0]))))
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -21,8 +21,8 @@ from hf_fda.estimate import adapter_bytes, disk_bytes, peak_memory_bytes
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.learned import LearnedConfig
-from hf_fda.notebook import html_table
 from hf_fda.prediction import Prediction
+from hf_fda.printing import html_table
 from hf_fda.recipes import Heads, Output
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from hf_fda.errors import InputError
+from hf_fda.printing import html_table, text_table
 
 if TYPE_CHECKING:
     from hf_fda.anchors.container import FunctionalDualAnchors
@@ -21,19 +21,15 @@ def as_text(anchors: FunctionalDualAnchors) -> str:
     heading = f"FunctionalDualAnchors({_heading(anchors)})"
     rows = _names(anchors) if anchors.on_hub else _table(anchors)
     shown = rows[: LISTED + 1]
-    widths = [max(len(row[column]) for row in shown) for column in range(len(shown[0]))] if shown else []
-    lines = ["  " + "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)) for row in shown]
+    lines = [f"  {line}" for line in text_table(shown)]
     more = [f"  and {len(rows) - len(shown)} more blocks"] if len(rows) > len(shown) else []
-    return "\n".join([heading, *(line.rstrip() for line in lines), *more])
+    return "\n".join([heading, *lines, *more])
 
 
 def as_html(anchors: FunctionalDualAnchors) -> str:
     """A heading and a table of all blocks; of anchors on the Hub the index is fetched for it, which is small."""
     head, *rows = _table(anchors)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)
-    names = "".join(f"<th>{name}</th>" for name in head)
-    table = f"<table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<p><b>FunctionalDualAnchors</b>: {escape(_heading(anchors))}</p>{table}"
+    return html_table(f"FunctionalDualAnchors: {_heading(anchors)}", rows, head)
 
 
 def _heading(anchors: FunctionalDualAnchors) -> str:

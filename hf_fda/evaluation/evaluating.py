@@ -148,7 +148,7 @@ def _kept(location: Location, found: dict[str, TaskScores], save: bool) -> Score
     if save:
         Store(folder).write_text(SCORES, scores.text())
         if is_unchanged(folder):
-            remake_card(folder)
+            remake_card(folder, scores)
         else:
             logger.warning(
                 "%s was changed by hand and is left as it is; hf-fda card %s makes it anew, with scores",

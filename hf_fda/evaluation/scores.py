@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from hf_fda.checkpoint.hashed import digest
 from hf_fda.errors import RunError
+from hf_fda.printing import html_table, text_table
 from hf_fda.store import key_of
 
 SCORES = "scores.json"
@@ -107,23 +107,12 @@ class Scores:
         return json.dumps(_without_nan(asdict(self)), indent=1, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
-        rows = [TITLES, *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(TITLES))]
-        numbers = (2, 3, 4)
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if n in numbers else cell.ljust(width)
-                for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return "\n".join(text_table([TITLES, *self.rows()], right=(2, 3, 4)))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{title}</th>" for title in TITLES)
-        body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows())
-        return f"<table><tr>{head}</tr>{''.join(f'<tr>{cells}</tr>' for cells in body)}</table>"
+        return html_table("", self.rows(), TITLES)
 
 
 def weights_hash(folder: Path) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arena import in_process, peak_bytes
+from arena import in_process
 from memory import resident
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,7 +89,7 @@ def measure(queue: Any, kind: str, options: argparse.Namespace) -> None:
     clock, start = time.process_time(), time.perf_counter()
     merge(model, "merged")
     figures: dict[str, Any] = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - clock}
-    figures |= {"peak": peak_bytes(), "before": before}
+    figures |= {"peak": resident("VmHWM"), "before": before}
     figures["errors"] = {target: error(model, target, weights_of(options), options.rank) for target in options.targets}
     if kind == OWN:
         with LargestTensor(model) as largest:

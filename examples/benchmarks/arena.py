@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -54,21 +53,13 @@ def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def merge_row(queue: Any, checkpoints: Path, names: list[str], output: Path, arguments: dict[str, Any]) -> None:
     """One merge, in a process of its own: seconds and peak bytes go into the queue."""
     import hf_fda
+    from hf_fda.spending import peak_bytes
 
     start = time.perf_counter()
     sources = {name: str(checkpoints / name) for name in names}
     hf_fda.merge(str(checkpoints / "base"), sources, output=output, quiet=True, **arguments)
     seconds = time.perf_counter() - start
     queue.put((seconds, peak_bytes()))
-
-
-def peak_bytes() -> int:
-    """Peak resident bytes of this process. (On Linux `ru_maxrss` would start from the parent's.)"""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = status.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def in_process(function: Any, *arguments: Any) -> tuple[float, float]:

@@ -39,16 +39,42 @@ FACTOR_PRODUCTS = 3
 ADAM_PASSES = 16
 """Times an adaptation step reads or writes every parameter."""
 
-MATRIX_PRODUCTS = {"tsv": (0, 50), "isotropic": (20, 3), "wudi": (700, 10), "iso_cts": (90, 33), "ace": (85, 10)}
+MATRIX_PRODUCTS = {"tsv": (0, 20), "isotropic": (9, 1), "wudi": (530, 8), "iso_cts": (33, 12), "ace": (33, 4)}
 """A matrix method's time on a (d_out, d_in) weight, as products of that weight with a square one: once, and for each
-source. Measured on one CPU core with 2 and 4 sources of 384 to 1,536 rows."""
+source. Measured on CPU cores with 2 and 4 sources of 384 to 2,816 rows."""
 
-OTHER_PRODUCTS = (0, 50)
+OTHER_PRODUCTS = (0, 20)
 """The same for a matrix method that is not in the table: a decomposition for each source."""
 
-TENSOR_PASSES = 100
-"""A whole-tensor method's time, as passes over each source's tensor. Measured as above: 80 to 160 for most (they sort,
-or let signs vote), 6 for the plainest, 550 for della."""
+MEAN_PASSES = 20
+"""Time of a weighted sum of task tensors, reading and writing them included, as passes over each source's tensor in a
+core's cache."""
+
+PASSES = {
+    "linear": 14,
+    "slerp": 40,
+    "nuslerp": 30,
+    "multislerp": 30,
+    "karcher": 30,
+    "model_stock": 30,
+    "ties": 95,
+    "dare_linear": 40,
+    "dare_ties": 40,
+    "della": 700,
+    "della_linear": 700,
+    "magnitude_prune": 80,
+    "breadcrumbs": 45,
+    "breadcrumbs_ties": 55,
+    "sce": 120,
+    "nearswap": 30,
+    "arcee_fusion": 490,
+}
+"""The same of other methods: they draw, sort, vote or read twice. Measured on two CPU cores with two sources, or the
+one that a method merges into the base, of a Llama's shapes with 60 million entries (`plan_accuracy.py` among the
+benchmarks)."""
+
+OTHER_PASSES = 100
+"""The same for a whole-tensor method that is not in the table."""
 
 STEP_ACTIVATION_PASSES = 200
 """Times a construction step reads or writes the outputs of the linear layers."""
@@ -187,12 +213,12 @@ def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> 
     """Merging one tensor of the base by a parameter-space method, read and written apart."""
     shape, role = base.layout.shapes[name], base.layout.roles[name]
     entries = prod(shape)
-    if by_entry(config, role) or config.trims or config.spans or len(shape) < 2:
-        return Work(moved=8 * entries * (3 * sources + 3))
-    if config.works_on == "tensor":
-        return Work(moved=8 * entries * TENSOR_PASSES * sources)
+    other = OTHER_PASSES if config.works_on == "tensor" else MEAN_PASSES
+    work = Work(moved=8 * entries * PASSES.get(config.name, other) * sources)
+    if config.works_on != "matrix" or by_entry(config, role) or len(shape) < 2:
+        return work
     once, each = MATRIX_PRODUCTS.get(config.name, OTHER_PRODUCTS)
-    return Work((once + each * sources) * 2 * entries * min(shape[-2:]), 4 * entries * (3 * sources + 3))
+    return work + Work((once + each * sources) * 2 * entries * min(shape[-2:]))
 
 
 def writing(inputs: Inputs, result: Output, shard: Shard) -> Work:

@@ -33,6 +33,9 @@ ADAPTATION_EFFICIENCY = 0.65
 MOMENT = 0.04
 """Seconds that each of the four speeds is measured for."""
 
+SIDE = 2048
+"""Rows and columns of a product from which on it is about as fast as larger ones, which would take much memory."""
+
 LARGE = 2**23
 """Entries of a tensor that no cache holds."""
 
@@ -125,9 +128,9 @@ def measure_speed(device: torch.device, shape: tuple[int, int, int]) -> Speed:
 
     Args:
         device: where.
-        shape: (tokens, d_in, d_out) of a product as the work has them; tokens are cut to what takes a moment.
+        shape: (tokens, d_in, d_out) of a product as the work has them; cut to what takes a moment and little memory.
     """
-    tokens, d_in, d_out = shape
+    tokens, d_in, d_out = shape[0], *(min(side, SIDE) for side in shape[1:])
     tokens = max(1, min(tokens, int(4e9 if device.type != "cpu" else 4e8) // (d_in * d_out)))
     x, weight = torch.ones(tokens, d_in, device=device), torch.ones(d_out, d_in, device=device)
     large, small = torch.ones(LARGE, device=device), torch.ones(1, device=device)
@@ -142,6 +145,7 @@ def measure_speed(device: torch.device, shape: tuple[int, int, int]) -> Speed:
 
 def _write_and_read(file: IO[bytes], data: bytes) -> None:
     file.seek(0)
+    file.truncate()  # a merge writes new pages, which takes longer than to write over old ones
     file.write(data)
     file.seek(0)
     file.read()

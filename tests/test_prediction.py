@@ -91,6 +91,10 @@ def test_the_speed_is_measured_in_a_moment() -> None:
     assert min(speed.flops, speed.moved, speed.files, speed.calls) > 1e3
 
 
+def test_the_speed_is_measured_in_little_memory() -> None:
+    assert measure_speed(torch.device("cpu"), (10**6, 10**6, 10**6)).flops > 0  # the product itself has 4 TB
+
+
 def test_a_plan_tells_the_time_when_asked(library: Library) -> None:
     assert plan(library).time is None
     assert "  time " not in str(plan(library))

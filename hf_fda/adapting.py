@@ -25,7 +25,7 @@ from hf_fda.states.unit_states import Ragged, UnitStates
 from hf_fda.streaming.taskvectors import TaskVectors
 from hf_fda.streaming.tensorwise import apply_method
 from hf_fda.tensors import total
-from hf_fda.unit_files import unit_tensors
+from hf_fda.unit_files import AdaptedUnit, unit_tensors
 
 
 def adapted_unit(
@@ -36,8 +36,8 @@ def adapted_unit(
     found: Sequence[UnitAnchors],
     progress: Progress,
     states: Sequence[tuple[AlignedSource, UnitStates]] = (),
-) -> dict[str, Tensor]:
-    """What the file of one merged unit holds (`unit_tensors`), in float32 on the CPU.
+) -> AdaptedUnit:
+    """One merged unit, in float32 on the CPU.
 
     Args:
         plan: of a merge by "fda".
@@ -60,7 +60,7 @@ def adapted_unit(
     if not moved and not real:  # steps would only follow rounding noise
         moves = move_to_start(config, module, unit, vectors, plan.ranks)
         there = {path: value.detach().cpu() for path, value in module.named_parameters() if path not in moves.factors}
-        return _named(unit, there, moves.factors)
+        return AdaptedUnit(_named(unit, there, moves.factors))
     try:
         if real:
             objective: Aim = _mixed(config, module, call, moved, real, plan.device)
@@ -84,7 +84,8 @@ def adapted_unit(
     except RunError as error:
         raise RunError(f"block '{unit.name}': {error}") from None
     logger.debug("%s: distance %.4g before, %.4g after", unit.name, adapted.loss_before, adapted.loss_after)
-    return _named(unit, adapted.parameters, adapted.factors)
+    distances = (adapted.loss_before, adapted.loss_after)
+    return AdaptedUnit(_named(unit, adapted.parameters, adapted.factors), distances)
 
 
 def _named(unit: Unit, parameters: Mapping[str, Tensor], factors: Mapping[str, LowRank]) -> dict[str, Tensor]:

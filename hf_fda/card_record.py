@@ -8,17 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_fda.cards import model_card
+from hf_fda.block_losses import LOSSES_PICTURE
+from hf_fda.cards import Found, model_card
+from hf_fda.coefficients import HEAT_MAP
 from hf_fda.errors import InputError
 from hf_fda.evaluation.published import EVAL_RESULTS, eval_results
 from hf_fda.evaluation.scores import SCORES, Scores, read_scores
 from hf_fda.merged import Merged
+from hf_fda.pictures import can_draw, draw_scores
 from hf_fda.store import Store
 
 RECORD = "card.json"
 """The file in a merged folder that says what its card states: the merge's arguments and the facts known to it."""
 
 README = "README.md"
+
+SCORES_PICTURE = "scores.png"
+"""The picture of the scores, where matplotlib is installed."""
+
+PICTURES = (HEAT_MAP, LOSSES_PICTURE, SCORES_PICTURE)
 
 
 def record_card(
@@ -85,7 +93,13 @@ def is_unchanged(folder: Path) -> bool:
 
 def _write(store: Store, arguments: dict[str, Any], facts: dict[str, Any], scores: Scores | None) -> None:
     merged = Merged(store.folder)
-    card = model_card(arguments, facts, merged.report, merged.coefficients, scores)
+    if scores is None or not scores.tasks:
+        store.remove(SCORES_PICTURE)
+    elif can_draw():
+        store.write_plainly(SCORES_PICTURE, lambda path: draw_scores(scores, path))
+    pictures = [name for name in PICTURES if (store.folder / name).is_file()]
+    found = Found(merged.report, merged.coefficients, merged.block_losses, scores, pictures)
+    card = model_card(arguments, facts, found)
     store.remove(EVAL_RESULTS)
     for name, text in (eval_results(scores) if scores is not None else {}).items():
         store.write_text(name, text)

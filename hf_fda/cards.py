@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
-from hf_fda.coefficients import HEAT_MAP, can_draw
 from hf_fda.evaluation.published import model_index
 from hf_fda.merge_methods.fda import FDAConfig
 from hf_fda.version import versions
@@ -21,6 +20,7 @@ from hf_fda.version import versions
 if TYPE_CHECKING:
     from hf_fda.adapters.report import AdapterReport
     from hf_fda.anchors.manifest import AnchorsInfo
+    from hf_fda.block_losses import BlockLosses
     from hf_fda.coefficients import Coefficients
     from hf_fda.evaluation.scores import Scores
 
@@ -47,6 +47,22 @@ ROUNDING = 1e-5
 """Share of a norm below which what factors leave out is rounding."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What lies beside merged weights and is told on their card.
+
+    `report` says of a merged adapter what its factors leave out, `coefficients` what the merge learnt, `losses` how
+    well its blocks were fitted, `scores` how good it is; None where there is none. `pictures` are files of
+    pictures.
+    """
+
+    report: AdapterReport | None = None
+    coefficients: Coefficients | None = None
+    losses: BlockLosses | None = None
+    scores: Scores | None = None
+    pictures: Collection[str] = ()
+
+
 @cache
 def _environment() -> jinja2.Environment:
     installed = Path(__file__).parent / "model_cards"
@@ -56,22 +72,15 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def model_card(
-    arguments: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    report: AdapterReport | None = None,
-    coefficients: Coefficients | None = None,
-    scores: Scores | None = None,
-) -> str:
+def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], found: Found) -> str:
     """The card of a merged model or adapter.
 
     Args:
         arguments: the merge as `merge_config.yaml` records it.
         facts: model class, heads, licences, notes: what the plan knows.
-        report: of a merged adapter, what its factors leave out.
-        coefficients: those that the merge learnt.
-        scores: those of the merged model, where it was scored.
+        found: what lies beside the weights.
     """
+    report, scores = found.report, found.scores
     licences: Mapping[str, Sequence[str]] = facts["licences"]
     each = {name if n == 0 else f"{name} ({n + 1})": own for name, all in licences.items() for n, own in enumerate(all)}
     licence, licence_line = output_licence(each)
@@ -115,8 +124,9 @@ def model_card(
         settings={name: _words(value) for name, value in settings.items()},
         facts={**facts, "licences": {name: " and ".join(own) for name, own in licences.items()}},
         report=report,
-        coefficients=coefficients,
-        heat_map=HEAT_MAP if can_draw() else None,
+        coefficients=found.coefficients,
+        losses=found.losses,
+        pictures=found.pictures,
         licence_line=licence_line,
         scores=scores,
         spent=_spent(facts.get("spent")),
@@ -153,13 +163,19 @@ def _spent(spent: Mapping[str, Any] | None) -> str:
     return text + (" It went on from what an earlier run had finished." if spent["resumed"] else "")
 
 
-def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], where: str = "PATH_OR_DATASET_ID") -> str:
+def anchors_card(
+    info: AnchorsInfo,
+    rows: Sequence[Mapping[str, Any]],
+    where: str = "PATH_OR_DATASET_ID",
+    picture: str | None = None,
+) -> str:
     """The card of an anchors dataset.
 
     Args:
         info: what `anchors.json` records.
         rows: the index, a row a block.
         where: what opens them.
+        picture: the file of the picture of losses and spectra, if there is one.
     """
     models = {"base": info.base, "source": info.source}
     names = {role: _place(own) for role, own in models.items()}
@@ -189,6 +205,7 @@ def anchors_card(info: AnchorsInfo, rows: Sequence[Mapping[str, Any]], where: st
         kept={name: _words(value) for name, value in info.config.items() if value == defaults.get(name)},
         rows=rows,
         rounding=[{"block": block, **own} for block, own in info.rounding.items()],
+        picture=picture,
         left_out=sorted({name for row in rows for name in row["left_out"]}),
     )
 

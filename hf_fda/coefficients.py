@@ -1,11 +1,10 @@
-"""Coefficients of task vectors that a merge learnt: their file, their table, their picture."""
+"""Coefficients of task vectors that a merge learnt: their file and their table."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,15 @@ class Coefficients:
         """By block, for each source the mean, the least and the largest coefficient of its groups."""
         return {
             block: tuple(_spread([row[number] for number in numbers]) for row in self.values)
-            for block, numbers in _places(self).items()
+            for block, numbers in self.places().items()
         }
+
+    def places(self) -> dict[str, list[int]]:
+        """By block, the numbers of its groups."""
+        found: dict[str, list[int]] = {}
+        for number, group in enumerate(self.groups):
+            found.setdefault(self.block_of[group], []).append(number)
+        return found
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table in words: a row for each block, and what was minimised before and after."""
@@ -113,48 +119,3 @@ def _cell(spread: tuple[float, float, float]) -> str:
     """
     mean, low, high = spread
     return f"{mean:.2f}" if low == high else f"{mean:.2f} ({low:.2f} to {high:.2f})"
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
-
-
-def draw(coefficients: Coefficients, path: Path) -> None:
-    """Draw the coefficients as a heat map of sources and groups, as PNG; needs matplotlib.
-
-    Args:
-        coefficients: what to draw.
-        path: the file to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    count, groups = len(coefficients.sources), len(coefficients.groups)
-    limit = max(abs(value) for row in coefficients.values for value in row) or 1.0
-    figure = Figure(
-        figsize=(max(4.0, min(14.0, 1.8 + 0.28 * groups)), 1.8 + 0.4 * count), layout="constrained", dpi=150
-    )
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(
-        coefficients.values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
-    )
-    axes.set_yticks(range(count), coefficients.sources)
-    places = _places(coefficients)
-    for numbers in list(places.values())[1:]:
-        axes.axvline(min(numbers) - 0.5, color="black", linewidth=0.8)
-    middles, labels = [sum(numbers) / len(numbers) for numbers in places.values()], list(places)
-    axes.set_xticks(middles, labels, rotation=90 if len(labels) > 1 else 0, fontsize=7)
-    axes.set_xlabel("part of the model")
-    axes.set_ylabel("source")
-    figure.colorbar(image, ax=axes, label="coefficient")
-    figure.savefig(path, format="png", metadata={"Software": None})
-
-
-def _places(coefficients: Coefficients) -> dict[str, list[int]]:
-    """The numbers of the groups in each block."""
-    places: dict[str, list[int]] = {}
-    for number, group in enumerate(coefficients.groups):
-        places.setdefault(coefficients.block_of[group], []).append(number)
-    return places

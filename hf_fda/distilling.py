@@ -24,6 +24,7 @@ from hf_fda.randomness import random_stream
 from hf_fda.states.objective import Examples, StatesObjective, outputs
 from hf_fda.states.unit_states import UnitStates
 from hf_fda.streaming.taskvectors import TaskVectors
+from hf_fda.unit_files import AdaptedUnit
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def distilled_unit(
     unit: Unit,
     lessons: Sequence[Lesson],
     report: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> dict[str, Tensor]:
-    """The tensors of one merged unit by the base's names, in float32 on the CPU.
+) -> AdaptedUnit:
+    """One merged unit, its tensors by the base's names, in float32 on the CPU.
 
     Args:
         plan: of a merge by "distill".
@@ -107,7 +108,8 @@ def distilled_unit(
     except RunError as error:
         raise RunError(f"block '{unit.name}': {error}") from None
     logger.debug("%s: distance %.4g before, %.4g after", unit.name, found.loss_before, found.loss_after)
-    return {f"{unit.name}.{path}": value for path, value in found.parameters.items()}
+    tensors = {f"{unit.name}.{path}": value for path, value in found.parameters.items()}
+    return AdaptedUnit(tensors, (found.loss_before, found.loss_after))
 
 
 def _examples(base: Checkpoint, unit: Unit, config: DistillConfig, lesson: Lesson, device: torch.device) -> Examples:

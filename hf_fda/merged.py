@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_fda.adapters.files import CONFIG, WEIGHTS
 from hf_fda.adapters.report import REPORT, AdapterReport, read_report
+from hf_fda.block_losses import LOSSES, BlockLosses
 from hf_fda.checkpoint.alignment import match_names
 from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.layout import ModelLayout, model_class_of
@@ -51,6 +52,12 @@ class Merged:
         """The coefficients of the task vectors, of a merge that learnt them."""
         path = self.folder / COEFFICIENTS
         return Coefficients.read(path) if path.is_file() else None
+
+    @property
+    def block_losses(self) -> BlockLosses | None:
+        """How well its blocks were fitted, of a merge that fits blocks."""
+        path = self.folder / LOSSES
+        return BlockLosses.read(path) if path.is_file() else None
 
     @property
     def scores(self) -> Scores | None:

@@ -12,6 +12,7 @@ import torch
 
 from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan
+from hf_fda.block_losses import LOSSES
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.writer import Shard
@@ -142,8 +143,9 @@ class Plan:
     def _writes(self) -> list[str]:
         heads = [f"task_heads/{head.task}" for head in self.result.heads]
         anchors = [f"anchors/{source.name}" for source in self.anchors_made]
-        learnt = [COEFFICIENTS] if isinstance(self.config, LearnedConfig) else []
-        return [*self._weights(), *learnt, "merge_config.yaml", "README.md", "card.json", *heads, *anchors]
+        found = [COEFFICIENTS] if isinstance(self.config, LearnedConfig) else []
+        found += [LOSSES] if self.units else []
+        return [*self._weights(), *found, "merge_config.yaml", "README.md", "card.json", *heads, *anchors]
 
     def _weights(self) -> list[str]:
         if self.adapter is not None:

@@ -20,11 +20,10 @@ from hf_fda.cards import shown
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.location import INDEX
 from hf_fda.checkpoint.writer import shard_index
-from hf_fda.coefficients import COEFFICIENTS, HEAT_MAP, Coefficients, can_draw, draw
+from hf_fda.findings import write_findings
 from hf_fda.heads import TaskHead, head_files
 from hf_fda.input_cards import UNKNOWN, languages_of, licences_of
 from hf_fda.inputs import Inputs, Source
-from hf_fda.merge_methods.learned import LearnedConfig
 from hf_fda.plans import Plan
 from hf_fda.provenance import pinned
 from hf_fda.store import WORK, Store
@@ -81,19 +80,8 @@ def write_record(plan: Plan, store: Store, prints: Mapping[str, str], spent: Map
         spent: as `publish`.
     """
     store.write_text("merge_config.yaml", merge_yaml(plan, prints))
-    _draw_coefficients(plan, store)
+    write_findings(plan, store)
     record_card(store, plan.arguments, card_facts(plan), spent)
-
-
-def _draw_coefficients(plan: Plan, store: Store) -> None:
-    """Draw the coefficients that the merge learnt, where that can be done; where it learnt none, leave nothing of an
-    earlier merge."""
-    if not isinstance(plan.config, LearnedConfig):
-        store.remove(COEFFICIENTS)
-        store.remove(HEAT_MAP)
-    elif can_draw():
-        found = Coefficients.read(plan.output / COEFFICIENTS)
-        store.write_plainly(HEAT_MAP, lambda path: draw(found, path))
 
 
 def clean(store: Store) -> None:

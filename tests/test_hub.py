@@ -688,7 +688,7 @@ def test_pushed_anchors_are_a_dataset_that_is_read_block_by_block(
     assert address == f"{hub.endpoint}/datasets/me/anchors/commit/{sha}"
     files = {f"blocks/{block}.safetensors" for block in BLOCKS}
     names = set(hub.files("me/anchors", kind="datasets")) - {".gitattributes"}
-    assert names == {"README.md", "anchors.json", "index/anchors.parquet", *files}
+    assert names == {"README.md", "anchors.json", "anchors.png", "index/anchors.parquet", *files}
 
     local = local_anchors(anchors["one"])
     assert away(anchors_opened, "me/anchors") == (BLOCKS, {})

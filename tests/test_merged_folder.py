@@ -17,6 +17,7 @@ from conftest import fine_tune, make_model
 from safetensors.torch import load_file
 
 import hf_fda
+from hf_fda.block_losses import LOSSES, LOSSES_PICTURE
 from hf_fda.cli import main
 
 Library = Callable[[str], tuple[Path, list[Path]]]
@@ -77,7 +78,8 @@ def test_a_merge_writes_what_its_plan_says(
         "model.safetensors.index.json",
         "task_heads",
     }
-    assert top == expected | {shard.file for shard in plan.shards} | ({"anchors"} if method == "fda" else set())
+    fitted = {"anchors", LOSSES, LOSSES_PICTURE} if method == "fda" else set()
+    assert top == expected | {shard.file for shard in plan.shards} | fitted
     size = sum(len(content) for name, content in files(merged.folder).items() if name.endswith(".safetensors"))
     assert plan.disk_bytes > 0.5 * size
 

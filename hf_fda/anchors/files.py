@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,19 @@ from hf_fda.checkpoint.header import TensorEntry, read_header, read_metadata, re
 from hf_fda.checkpoint.untrusted import parse_json
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.errors import InputError
+from hf_fda.pictures import can_draw, draw_construction
 from hf_fda.progress import Progress, logger
 from hf_fda.stages import Piece
 from hf_fda.store import Store, key_of
 from hf_fda.version import versions
 
 INDEX = "index/anchors.parquet"
+
+PICTURE = "anchors.png"
+"""The picture of losses and spectra, where matplotlib is installed."""
+
+SHOWN = 1024
+"""Vectors of a block, at most, whose spectrum is drawn."""
 
 
 def unit_file(unit: str) -> str:
@@ -164,9 +172,29 @@ def write_frame(folder: Path, info: AnchorsInfo, where: str = "PATH_OR_DATASET_I
     info = replace(info, rounding=rounding)
     (folder / INDEX).parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / INDEX)
-    (folder / "README.md").write_text(anchors_card(info, rows, where), encoding="utf-8")
+    picture = _draw(folder, rows)
+    (folder / "README.md").write_text(anchors_card(info, rows, where, picture), encoding="utf-8")
     (folder / MANIFEST).write_text(info.to_json(), encoding="utf-8")
     return info
+
+
+def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Draw the losses and the spectra of all blocks; the picture's file, None where it cannot be drawn."""
+    losses = {row["block"]: row["loss"] for row in rows}
+    if not can_draw() or not losses:
+        return None
+    spectra = {block: _spectrum(folder / unit_file(block)) for block in losses}
+    draw_construction(losses, spectra, folder / PICTURE)
+    return PICTURE
+
+
+def _spectrum(path: Path) -> list[float]:
+    """The singular values of a unit's first anchors, each as a share of the largest, which are drawn."""
+    entry = read_header(path)["anchors"]
+    width = entry.shape[-1]
+    part = read_tensor(path, entry, slice(0, min(prod(entry.shape), SHOWN * width)))
+    values = torch.linalg.svdvals(part.view(-1, width).float())
+    return (values / values[0].clamp_min(torch.finfo(values.dtype).tiny)).tolist()
 
 
 @dataclass(frozen=True)

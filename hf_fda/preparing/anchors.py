@@ -12,7 +12,6 @@ from hf_fda.adapting import adapted_unit
 from hf_fda.anchors.pieces import Anchors
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.preparing.units import UnitPreparation
 from hf_fda.running import Run
@@ -75,7 +74,7 @@ class AnchorPreparation(UnitPreparation):
             adapted = adapted_unit(
                 self.plan, self.anchors.builder, self.run.vectors, unit, found, self.run.progress, shown
             )
-            return lambda path: save_tensors(path, adapted)
+            return adapted.write
 
         sources = len(self.plan.sources_of(unit))
         cost = costs.adaptation(self.base, self.config, unit, sources, self.plan.ranks).weight

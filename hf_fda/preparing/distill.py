@@ -15,13 +15,14 @@ from hf_fda.checkpoint.header import read_header, read_tensor
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.distilling import Lesson, MergedWeights, distilled_unit
 from hf_fda.merge_methods.distill import DistillConfig
-from hf_fda.preparing.units import BLOCKS, UnitPreparation
+from hf_fda.preparing.units import UnitPreparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.states.pieces import Recordings, path_in
 from hf_fda.states.recording import StatesRecorder
 from hf_fda.states.unit_states import UnitStates
 from hf_fda.store import key_of
+from hf_fda.unit_files import BLOCKS
 from hf_fda.version import versions
 
 REST = f"{BLOCKS}/rest.safetensors"
@@ -110,10 +111,9 @@ class DistillPreparation(UnitPreparation):
             sources = [source.weights for source in self.plan.sources_of(unit)]
             lessons = [self._lesson(source, unit) for source in sources if source is not None]
             what = f"distill {unit.name}"
-            tensors = distilled_unit(
+            return distilled_unit(
                 self.plan, self.run.vectors, unit, lessons, lambda epoch, loss: self.run.progress.now(what, loss)
-            )
-            return lambda path: save_tensors(path, tensors)
+            ).write
 
         cost = float(len(unit.tensors))
         return Piece(f"distill {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make)

@@ -13,11 +13,7 @@ from hf_fda.blocks import Unit
 from hf_fda.lowrank import LowRank
 from hf_fda.preparing.interface import Preparation
 from hf_fda.running import Run
-from hf_fda.store import WORK
-from hf_fda.unit_files import read_adapted
-
-BLOCKS = f"{WORK}/blocks"
-"""Where adapted units wait until the files that hold them are written."""
+from hf_fda.unit_files import adapted_file, read_adapted
 
 
 class UnitPreparation(Preparation):
@@ -53,7 +49,7 @@ class UnitPreparation(Preparation):
 
     def file(self, unit: Unit) -> str:
         """Where a unit lies in the output folder."""
-        return f"{BLOCKS}/{unit.name}.safetensors"
+        return adapted_file(unit.name)
 
     def wanted(self, unit: Unit, wanted: Container[str]) -> bool:
         """Whether any tensor of a unit is still to be written."""

@@ -35,13 +35,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A way to merge: the method and the options that differ from its defaults, whether it looks at the given rows, the
-    reasons in words, the cells of measured tables that they rest on, what it is expected to cost, and what it did on
-    held-out rows if it was tried."""
+    """A way to merge: the method and the options that differ from its defaults, whether it looks at the given rows, its
+    place by the rules (from 1), the reasons in words, the cells of measured tables that they rest on, what it is
+    expected to cost, and what it did on held-out rows if it was tried."""
 
     method: str
     options: Mapping[str, Any]
     with_data: bool
+    place: int
     reasons: tuple[str, ...]
     cells: tuple[Cell, ...]
     cost: Cost

@@ -14,7 +14,7 @@ from hf_fda.advising.rules import Proposal
 from hf_fda.data.request import ANCHORS
 from hf_fda.errors import InputError
 from hf_fda.inputs import Inputs
-from hf_fda.merge_methods import MethodConfig, resolve_method
+from hf_fda.merge_methods import resolve_method
 from hf_fda.planning import make_plan, open_rows
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import readable_time
@@ -47,20 +47,16 @@ class Planner:
     data: Mapping[str, Any] | str | None
     trust_remote_code: bool
 
-    def plan(self, config: MethodConfig, label: str, with_data: bool) -> Plan:
-        """The plan of a method.
-
-        Args:
-            config: the method.
-            label: what to name its folder after.
-            with_data: whether it looks at the data.
+    def plan(self, proposal: Proposal) -> Plan:
+        """The plan of a proposal.
 
         Raises:
             InputError: when it cannot merge these sources.
         """
-        data = self.data if with_data else None
+        config = resolve_method(proposal.method, proposal.options)
+        data = self.data if proposal.with_data else None
         check_wants_data(config, data)
-        folder = self.settings.output / re.sub(r"[^\w.]+", "-", label)
+        folder = self.settings.output / re.sub(r"[^\w.]+", "-", proposal.label)
         settings = replace(self.settings, output=new_folder(folder))
         anchored = data == ANCHORS
         rows = ANCHORS if anchored else open_rows(data, self.inputs, config, settings.seed, self.trust_remote_code)
@@ -85,30 +81,25 @@ def candidates(
     Raises:
         InputError: when the user's own cannot be done, or nothing else can.
     """
-    found, refused = [], list[InputError]()
+    planned, refused = list[tuple[Proposal, Plan]](), list[InputError]()
     for one in proposals:
         try:
-            found.append(_candidate(planner, one, resolve_method(one.method, one.options), facts, seconds))
+            planned.append((one, planner.plan(one)))
         except InputError as error:
             refused.append(error)
     if own is not None and own.label not in [one.label for one in proposals]:
-        found.append(_candidate(planner, own, resolve_method(own.method, own.options), facts, seconds))
-    if not found:
+        planned.append((own, planner.plan(own)))
+    if not planned:
         raise refused[0]
-    found.sort(key=lambda one: len(_shortcomings(one.recommendation.cost, facts, seconds)))
+    costs = [cost_of(plan) for _, plan in planned]
+    against = [_shortcomings(cost, facts, seconds) for cost in costs]
+    order = sorted(range(len(planned)), key=lambda number: len(against[number]))
+    found = []
+    for place, number in enumerate(order, 1):
+        (one, plan), reasons = planned[number], (planned[number][0].why, *against[number])
+        said = Recommendation(one.method, one.options, one.with_data, place, reasons, one.cells, costs[number])
+        found.append(Candidate(plan, said))
     return found, [f"not possible here: {error}" for error in refused]
-
-
-def _candidate(
-    planner: Planner, proposal: Proposal, config: MethodConfig, facts: Facts, seconds: float | None
-) -> Candidate:
-    plan = planner.plan(config, proposal.label, proposal.with_data)
-    cost = cost_of(plan)
-    reasons = (proposal.why, *_shortcomings(cost, facts, seconds))
-    return Candidate(
-        plan,
-        Recommendation(proposal.method, proposal.options, proposal.with_data, reasons, proposal.cells, cost),
-    )
 
 
 def _shortcomings(cost: Cost, facts: Facts, seconds: float | None) -> list[str]:

@@ -23,8 +23,8 @@ LIMIT = 2**27
 class Overlap:
     """What the task vectors of K sources have in common. Matrices are K x K, in the order of `names`.
 
-    `norms` are of the task vectors in what was read, `relative` the same as a fraction of the base's. `cosines` are
-    between them, 0 where one is zero. `conflicts` is the share of the entries that both sources move in which they do
+    `norms` are of the task vectors in what was read, `relative` the same as a fraction of the base's there. `cosines`
+    are between them, 0 where one is zero. `conflicts` is the share of the entries that both sources move in which they do
     so in opposite directions. `directions` is None where no matrix was moved by all. `read` is the share of all entries
     that was looked at.
     """

@@ -96,9 +96,9 @@ TSV = Proposal(
 )
 ISOTROPIC = Proposal(
     "isotropic",
-    "a closed form, and the most accurate merge from weights alone of three encoders or more, on training rows (fda "
-    "without interpolation is its start, isotropic 3.0) as on test rows; its answers lie further from the fine-tunes' "
-    "than fda's",
+    "a closed form, and the most accurate merge from weights alone of three encoders or more, on test rows and on "
+    "training rows (interpolation 0 of fda is isotropic 3.0 itself); its answers lie further from the fine-tunes' than "
+    "fda's",
     ISOTROPIC_ENCODER
     + cells(CHOSEN, "interpolation: 0", accuracy="0.891")
     + cells(CHOSEN, "defaults", accuracy="0.882"),
@@ -113,7 +113,7 @@ FDA = Proposal(
 )
 FDA_WUDI = Proposal(
     "fda",
-    "the most accurate merge of its table, and by far the better text of the two that are",
+    "the most accurate merge of its table (with 512 anchors), and better text than the closed forms near to it",
     cells(DECODERS, "fda from wudi iterative", accuracy="0.598", nats_per_token="4.302"),
     {"initial": "wudi"},
 )
@@ -251,7 +251,7 @@ RULES: tuple[Rule, ...] = (
             ISOTROPIC_DECODER,
             Proposal(
                 "fda",
-                "its default start, between the two",
+                "another start, near to as accurate, with better text than the closed form (with 512 anchors)",
                 cells(DECODERS, "fda from isotropic 3.0", accuracy="0.579", nats_per_token="4.530"),
             ),
         ),
@@ -322,14 +322,16 @@ def _unlike(facts: Facts, table: Table) -> list[str]:
     still = [name for name, norm in zip(overlap.names, overlap.norms, strict=True) if norm == 0]
     if still:
         return [f"'{still[0]}' equals the base in all that is merged: leave it out"]
-    if table.ratio is not None and overlap.ratio > table.ratio:
+    if table.ratio is not None and round(overlap.ratio, 2) > table.ratio:
         found.append(
-            f"the longest task vector is {overlap.ratio:.1f} times the shortest, in {table} {table.ratio:.1f} times: "
-            "the long ones may count too much (weights=..., or --try)"
+            f"the longest task vector is {overlap.ratio:.2f} times the shortest; in {table}, it was {table.ratio:.2f} "
+            "times"
         )
-    pairs = [value for number, row in enumerate(overlap.cosines) for value in row[:number]]
-    if table.cosines is not None and max(pairs) > table.cosines[1]:
-        found.append(f"cosines go up to {max(pairs):.2f}, in {table} to {table.cosines[1]:.2f}: the sum counts twice")
-    if table.cosines is not None and min(pairs) < table.cosines[0]:
-        found.append(f"cosines go down to {min(pairs):.2f}, in {table} to {table.cosines[0]:.2f}: sources oppose")
+    pairs = [round(value, 2) for number, row in enumerate(overlap.cosines) for value in row[:number]]
+    if table.cosines is not None and not table.cosines[0] <= min(pairs) <= max(pairs) <= table.cosines[1]:
+        least, most = table.cosines
+        found.append(
+            f"cosines of task vectors lie between {min(pairs):.2f} and {max(pairs):.2f}; in {table}, between "
+            f"{least:.2f} and {most:.2f}"
+        )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 from hf_fda.advising.costing import Cost
 from hf_fda.advising.evidence import Cell, grouped
-from hf_fda.advising.facts import KINDS, Facts
+from hf_fda.advising.facts import KINDS, Facts, SourceFacts
 from hf_fda.advising.rules import labelled
 from hf_fda.plans import readable_size
 from hf_fda.prediction import readable_time
 from hf_fda.printing import html_table, text_table
+
+WIDTH, INDENT = 118, "     "
+"""Of the lines that reasons are shown in."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Recommendation:
     @property
     def flags(self) -> str:
         """The method as `hf-fda merge` takes it."""
-        options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in self.options.items())
-        return f"--method {self.method}{options}"
+        options = [f"--{name.replace('_', '-')} {_said(value)}" for name, value in self.options.items()]
+        return " ".join([f"--method {self.method}", *options])
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -90,7 +94,7 @@ class Advice:
         lines = [self._title(), *(f"  {label:<10} {text}" for label, text in self._facts()), ""]
         for number, one in enumerate(self.recommendations, 1):
             lines += [f"{number}. {one.label}", f"     {one.flags}"]
-            lines += [f"     {text}" for text in _reasons(one)]
+            lines += [line for text in _reasons(one) for line in _wrapped(text)]
         if self.metric is not None:
             lines += ["", f"Tried on held-out rows ({self.metric}):"]
             lines += text_table([self._tried_titles(), *self._tried_rows()], right=range(1, 99))
@@ -116,7 +120,7 @@ class Advice:
         """What was looked at, in words: what each line is about, and the line."""
         facts = self.facts
         found = [("model", f"{KINDS[facts.kind]} of {facts.parameters:,} parameters; taken for: {self.rule}")]
-        found.append(("sources", ", ".join(_source(own.name, own.kind, own.ranks) for own in facts.sources)))
+        found.append(("sources", ", ".join(map(_source, facts.sources))))
         if facts.overlap is not None:
             found += _overlap(facts)
         rows = [f"{own.name} {own.rows:,}" for own in facts.sources if own.rows]
@@ -158,10 +162,22 @@ def _cost_cells(cost: Cost) -> tuple[str, str, str]:
     return seconds, readable_size(cost.peak_memory_bytes), readable_size(cost.disk_bytes)
 
 
-def _source(name: str, kind: str, ranks: tuple[int, ...]) -> str:
-    if kind != "adapter":
-        return f"{name} ({'full checkpoint' if kind == 'full' else 'anchors only'})"
-    return f"{name} (adapter{', rank ' + ', '.join(map(str, ranks)) if ranks else ''})"
+def _said(value: Any) -> str:
+    """An option's value on a command line."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _wrapped(text: str) -> list[str]:
+    """A reason in lines for a terminal."""
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _source(own: SourceFacts) -> str:
+    if own.kind != "adapter":
+        return f"{own.name} ({'full checkpoint' if own.kind == 'full' else 'anchors only'})"
+    return f"{own.name} (adapter{', rank ' + ' and '.join(map(str, own.ranks)) if own.ranks else ''})"
 
 
 def _overlap(facts: Facts) -> list[tuple[str, str]]:
@@ -169,11 +185,11 @@ def _overlap(facts: Facts) -> list[tuple[str, str]]:
     overlap = facts.overlap
     assert overlap is not None
     sizes = ", ".join(
-        f"{name} {norm:.3g} ({part:.1%} of the base's)"
+        f"{name} {norm:.3g} ({part:.1%})"
         for name, norm, part in zip(overlap.names, overlap.norms, overlap.relative, strict=True)
     )
     share = "" if overlap.read >= 1 else f", in {overlap.read:.1%} of the entries, evenly spread"
-    found = [("norms", f"{sizes}; longest by shortest {overlap.ratio:.2f}{share}")]
+    found = [("norms", f"{sizes} of the base's; longest by shortest {overlap.ratio:.2f}{share}")]
     cosines, conflicts = _span(overlap.cosines, "{:.2f}"), _span(overlap.conflicts, "{:.1%}")
     found.append(("overlap", f"cosines {cosines}; signs in conflict {conflicts} (chance 50%)"))
     if overlap.directions is not None:

@@ -20,6 +20,7 @@ from hf_fda.data.request import ANCHORS, Reading, check_number
 from hf_fda.errors import InputError
 from hf_fda.inputs import open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method
+from hf_fda.merge_methods.config import plain
 from hf_fda.planning import open_rows
 from hf_fda.settings import Settings
 
@@ -145,9 +146,10 @@ def _own(method: str | MethodConfig, options: Mapping[str, Any], data: Any) -> P
     """A user's own method as a proposal; of a config object the options that differ from the defaults."""
     config = resolve_method(method, options)
     fields = config.option_fields()
-    stated = {name: value for name, value in config.options().items() if value != fields[name].default}
-    with_data = data is not None and config.data != "never"
-    return Proposal(config.name, "your own", (), stated if isinstance(method, MethodConfig) else options, with_data)
+    stated = {name: plain(value) for name, value in options.items()}
+    if isinstance(method, MethodConfig):
+        stated = {name: value for name, value in config.options().items() if value != fields[name].default}
+    return Proposal(config.name, "your own", (), stated, data is not None and config.data != "never")
 
 
 @contextmanager

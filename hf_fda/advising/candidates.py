@@ -20,7 +20,10 @@ from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import readable_time
 from hf_fda.refusals import check_wants_data
 from hf_fda.settings import Settings
-from hf_fda.store import new_folder
+from hf_fda.store import key_of, new_folder
+
+LONGEST = 80
+"""Letters of a folder's name."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,21 @@ class Planner:
         config = resolve_method(proposal.method, proposal.options)
         data = self.data if proposal.with_data else None
         check_wants_data(config, data)
-        folder = self.settings.output / re.sub(r"[^\w.]+", "-", proposal.label)
+        folder = self.settings.output / slug(proposal.label)
         settings = replace(self.settings, output=new_folder(folder))
         anchored = data == ANCHORS
         rows = ANCHORS if anchored else open_rows(data, self.inputs, config, settings.seed, self.trust_remote_code)
         return make_plan(self.inputs, config, settings, rows=rows)
+
+
+def slug(label: str) -> str:
+    """A folder's name for a label.
+
+    >>> slug("fda initial=tsv scaling=1.75")
+    'fda-initial-tsv-scaling-1.75'
+    """
+    name = re.sub(r"[^\w.]+", "-", label)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{key_of(label)[:8]}"
 
 
 def candidates(

@@ -24,9 +24,9 @@ class Overlap:
     """What the task vectors of K sources have in common. Matrices are K x K, in the order of `names`.
 
     `norms` are of the task vectors in what was read, `relative` the same as a fraction of the base's there. `cosines`
-    are between them, 0 where one is zero. `conflicts` is the share of the entries that both sources move in which they do
-    so in opposite directions. `directions` is None where no matrix was moved by all. `read` is the share of all entries
-    that was looked at.
+    are between them, 0 where one is zero. `conflicts` is the share of the entries that both sources move in which they
+    do so in opposite directions. `directions` is None where no matrix was moved by all. `read` is the share of all
+    entries that was looked at.
     """
 
     names: tuple[str, ...]
@@ -97,10 +97,8 @@ def measure(inputs: Inputs, names: Sequence[str], limit: int = LIMIT) -> Overlap
     moved = [name for name in names if vectors.may_move(name)]
     sums, read = Sums(len(sources)), 0
     for name, part in sampled_parts(vectors, moved, limit):
-        stored = vectors.stored(name, part)
+        _add(sums, vectors.stored(name, part))
         read += part.stop - part.start
-        for block in stored.blocks():
-            sums.add(*_rows(stored, block))
     still = sum(prod(inputs.base.shape(name)) for name in names if name not in set(moved))
     norms, base = sums.norms(), math.sqrt(sums.base)
     directions = compare(inputs, moved)
@@ -115,10 +113,11 @@ def measure(inputs: Inputs, names: Sequence[str], limit: int = LIMIT) -> Overlap
     )
 
 
-def _rows(stored: StoredPart, block: slice) -> tuple[Tensor, Tensor]:
-    """theta_0 (n,) and the task vectors (K, n) of a block, in float64."""
-    rows = stored.rows(block, torch.device("cpu"), torch.float64)
-    return rows[0], rows[1:]
+def _add(sums: Sums, stored: StoredPart) -> None:
+    """Add what was read of a tensor."""
+    for block in stored.blocks():
+        rows = stored.rows(block, torch.device("cpu"), torch.float64)
+        sums.add(rows[0], rows[1:])
 
 
 def sampled_parts(vectors: TaskVectors, names: Iterable[str], limit: int) -> Iterator[tuple[str, slice]]:

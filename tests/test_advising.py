@@ -22,11 +22,12 @@ from vocabularies import save, wordpiece
 import hf_fda
 from hf_fda.advising.advice import Advice
 from hf_fda.advising.costing import Cost
+from hf_fda.advising.coverage import uncovered
 from hf_fda.advising.directions import coincidence, leading
 from hf_fda.advising.evidence import ADAPTERS, DECODERS, DIGITS, ENCODERS, LANGUAGE, SHARED, WITH_DATA
 from hf_fda.advising.facts import Facts, SourceFacts, kind_of, merged_names
 from hf_fda.advising.overlap import Overlap, Sums, measure
-from hf_fda.advising.rules import RULES, rule_for, uncovered
+from hf_fda.advising.rules import RULES, rule_for
 from hf_fda.advising.trying import totals
 from hf_fda.checkpoint.reader import FileCheckpoint
 from hf_fda.cli import main
@@ -259,6 +260,7 @@ def test_what_no_table_covers_is_said() -> None:
         "no table covers a vision model with rows": facts("vision", rows=9),
         "no table covers adapters with rows": facts(source="adapter", rows=9),
         "is of 128 rows a task; here one has 50": facts(rows=50),
+        "with data is of 5 sources; here are 3": facts(rows=128),
         "is of 2 to 5 sources; here are 9": facts(count=9),
         "is of 4 sources; here are 7": facts("vision", 7),
     }
@@ -337,6 +339,23 @@ def test_advice_states_the_cost_of_the_plan_and_merges_with_its_arguments(classi
         assert one.label in text and one.label in page and one.flags in text
     assert "README.md, Real encoders: isotropic 3.0, average 0.840" in text
     assert set(tmp_path.iterdir()) == before
+
+
+def test_what_cannot_be_done_is_left_out_and_said(classifiers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_fda.planning import make_plan
+
+    def picky(inputs: Any, config: Any, settings: Any, **given: Any) -> Any:
+        if config.name != "fda":
+            raise InputError(f"no {config.name} of these")
+        return make_plan(inputs, config, settings, **given)
+
+    base, sources = classifiers
+    monkeypatch.setattr("hf_fda.advising.candidates.make_plan", picky)
+    advice = hf_fda.advise(base, sources, **QUIET)
+    assert [one.label for one in advice.recommendations] == ["fda"]
+    assert advice.notes == ("not possible here: no isotropic of these", "not possible here: no tsv of these")
+    with pytest.raises(InputError, match="no ties of these"):
+        hf_fda.advise(base, sources, "ties", **QUIET)
 
 
 class Family:
@@ -492,8 +511,6 @@ def test_bad_input_is_refused_before_any_work(
 
     for place in ("advising.gather", "trying.run", "trying.score"):
         monkeypatch.setattr(f"hf_fda.advising.{place}", never)
-    if name == "own method without data":
-        monkeypatch.undo()  # it is refused with the plans, after the facts
     arguments, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
         hf_fda.advise(family.base, family.sources, output=tmp_path / "out", **QUIET, **arguments)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_fda.advising.advice import Advice
-from hf_fda.advising.candidates import Planner, candidates
+from hf_fda.advising.candidates import Candidate, Planner, candidates
+from hf_fda.advising.coverage import uncovered
 from hf_fda.advising.facts import gather
-from hf_fda.advising.rules import Proposal, rule_for, uncovered
+from hf_fda.advising.rules import Proposal, rule_for
 from hf_fda.advising.trying import check_held, try_out
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES
 from hf_fda.data.request import ANCHORS, Reading, check_number
@@ -22,6 +23,7 @@ from hf_fda.inputs import open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method
 from hf_fda.merge_methods.config import plain
 from hf_fda.planning import open_rows
+from hf_fda.refusals import check_wants_data
 from hf_fda.settings import Settings
 
 if TYPE_CHECKING:
@@ -92,17 +94,7 @@ def advise(
         >>> print(advice)  # doctest: +SKIP
         >>> merge("base/", {"sst2": "sst2/", "trec": "trec/"}, **advice.first.arguments)  # doctest: +SKIP
     """
-    check_number("keep", keep)
-    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
-        raise InputError(f"seconds must be a number above 0, not {seconds!r}")
-    if method is None and options:
-        raise InputError(f"options ({', '.join(options)}) are of a method of yours; name it, or leave them out")
-    if try_data is None and (metrics is not None or try_rows is not None):
-        raise InputError("metrics and try_rows are of held-out rows; give these (try_data, --try), or leave them out")
-    if isinstance(data, str) and data != ANCHORS:
-        raise InputError(
-            f"data: must be a mapping from task name to rows, such as {{'task': 'rows.jsonl'}}, not '{data}'"
-        )
+    _check(method, options, data, try_data, keep, metrics, try_rows, seconds)
     with _folder(output) as folder:
         settings = Settings.checked(folder, device, dtype, seed, heads, max_shard_bytes, as_adapter, rank, energy)
         settings = replace(settings, force=force)
@@ -115,22 +107,18 @@ def advise(
             )
         reading = Reading(try_rows, seed=seed, trust_remote_code=trust_remote_code)
         held = None if try_data is None else check_held(inputs, try_data, metrics, reading)
+        own = None if method is None else _own(method, options, data)
         looking = FDAConfig()
         opened = {} if data == ANCHORS else open_rows(data, inputs, looking, seed, trust_remote_code)
-        own = None if method is None else _own(method, options, data)
         facts = gather(inputs, opened, looking.rows or 0, settings.device)
         rule = rule_for(facts)
         found, notes = candidates(
             Planner(inputs, settings, data, trust_remote_code), rule.proposals, own, facts, seconds
         )
-        ranked, alone = [one.recommendation for one in found], None
-        if held is not None:
-            of_user = own.label if own is not None else None
-            short = [one for one in found if one.recommendation.label != of_user][:keep]
-            short += [one for one in found if one.recommendation.label == of_user]
-            tried, alone = try_out(short, held, reading, quiet)
-            labels = {one.label for one in tried}
-            ranked = tried + [one for one in ranked if one.label not in labels]
+        short = _short_list(found, keep, own)
+        tried, alone = ([], None) if held is None else try_out(short, held, reading, quiet)
+        done = {one.label for one in tried}
+        ranked = [*tried, *(one.recommendation for one in found if one.recommendation.label not in done)]
         return Advice(
             facts,
             rule.name,
@@ -142,14 +130,46 @@ def advise(
         )
 
 
+def _check(
+    method: str | MethodConfig | None,
+    options: Mapping[str, Any],
+    data: Any,
+    try_data: Any,
+    keep: Any,
+    metrics: Any,
+    try_rows: Any,
+    seconds: Any,
+) -> None:
+    """Refuse arguments that cannot be used, or do not go together."""
+    check_number("keep", keep)
+    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise InputError(f"seconds must be a number above 0, not {seconds!r}")
+    if method is None and options:
+        raise InputError(f"options ({', '.join(options)}) are of a method of yours; name it, or leave them out")
+    if try_data is None and (metrics is not None or try_rows is not None):
+        raise InputError("metrics and try_rows are of held-out rows; give these (try_data, --try), or leave them out")
+    if isinstance(data, str) and data != ANCHORS:
+        raise InputError(
+            f"data: must be a mapping from task name to rows, such as {{'task': 'rows.jsonl'}}, not '{data}'"
+        )
+
+
+def _short_list(found: Sequence[Candidate], keep: int, own: Proposal | None) -> list[Candidate]:
+    """The first few candidates, and the user's own."""
+    first = [one for one in found if own is None or one.recommendation.label != own.label][:keep]
+    return first + [one for one in found if own is not None and one.recommendation.label == own.label]
+
+
 def _own(method: str | MethodConfig, options: Mapping[str, Any], data: Any) -> Proposal:
     """A user's own method as a proposal; of a config object the options that differ from the defaults."""
     config = resolve_method(method, options)
+    with_data = data is not None and config.data != "never"
+    check_wants_data(config, data if with_data else None)
     fields = config.option_fields()
     stated = {name: plain(value) for name, value in options.items()}
     if isinstance(method, MethodConfig):
         stated = {name: value for name, value in config.options().items() if value != fields[name].default}
-    return Proposal(config.name, "your own", (), stated, data is not None and config.data != "never")
+    return Proposal(config.name, "your own", (), stated, with_data)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Table:
 
 
 ENCODERS = Table(README, "Real encoders", (2, 5), 1.53, (0.02, 0.10))
-WITH_DATA = Table(README, "Real encoders, with data", (2, 5), 1.53, (0.02, 0.10))
+WITH_DATA = Table(README, "Real encoders, with data", (5, 5), 1.53, (0.02, 0.10))
 CHOSEN = Table(README, "How the defaults were chosen", (5, 5), 1.53, (0.02, 0.10))
 DECODERS = Table(README, "Small decoders", (4, 4), 1.14, (0.01, 0.22))
 DIGITS = Table(README, "Digits", (4, 4), 1.29, (-0.01, 0.09))

@@ -324,6 +324,10 @@ def test_what_does_not_fit_or_takes_too_long_comes_behind(classifiers: Any, monk
     advice = hf_fda.advise(base, sources, seconds=3, **QUIET)
     assert [one.method for one in advice.recommendations] == ["tsv", "isotropic", "fda"]
     assert [one.place for one in advice.recommendations] == [1, 2, 3]
+    costs |= {"fda": Cost(None, 10, 1), "tsv": Cost(None, 5, 1)}
+    again = hf_fda.advise(base, sources, seconds=3, **QUIET)
+    assert [one.method for one in again.recommendations] == ["tsv", "isotropic", "fda"]
+    assert again.recommendations[-1].reasons[1] == "placed behind: how long it takes is not predicted"
     assert "more than the 3.0 s that are allowed" in advice.recommendations[-1].reasons[1]
 
 

@@ -105,7 +105,8 @@ def candidates(
     if not planned:
         raise refused[0]
     costs = [cost_of(plan) for _, plan in planned]
-    against = [_shortcomings(cost, facts, seconds) for cost in costs]
+    closed = [one.closed for one, _ in planned]
+    against = [_shortcomings(*own, facts, seconds) for own in zip(costs, closed, strict=True)]
     order = sorted(range(len(planned)), key=lambda number: len(against[number]))
     found = []
     for place, number in enumerate(order, 1):
@@ -115,12 +116,14 @@ def candidates(
     return found, [f"not possible here: {error}" for error in refused]
 
 
-def _shortcomings(cost: Cost, facts: Facts, seconds: float | None) -> list[str]:
-    """In words, what stands against a merge: memory, time."""
+def _shortcomings(cost: Cost, closed: bool, facts: Facts, seconds: float | None) -> list[str]:
+    """In words, what stands against a merge, perhaps a closed form: memory, time."""
     found = []
     if facts.free_bytes is not None and cost.peak_memory_bytes > facts.free_bytes:
         needed, free = readable_size(cost.peak_memory_bytes), readable_size(facts.free_bytes)
         found.append(f"placed behind: it needs {needed} of memory, and {facts.device} has {free} free")
     if seconds is not None and cost.seconds is not None and cost.seconds > seconds:
         found.append(f"placed behind: it takes more than the {readable_time(seconds)} that are allowed")
+    if seconds is not None and cost.seconds is None and not closed:
+        found.append("placed behind: how long it takes is not predicted")
     return found

@@ -32,7 +32,9 @@ def _unused_rows(facts: Facts) -> str:
     if facts.rows == 0:
         return "some sources have no rows, which no table covers: the order is that without rows"
     what = "adapters" if facts.all_adapters else KINDS[facts.kind]
-    return f"no table covers {what} with rows: the order is that without; methods that take them can be tried"
+    return (
+        f"no table covers {what} with rows: the order is that without; one that takes them can be tried (--method fda)"
+    )
 
 
 def _unlike(facts: Facts, table: Table) -> list[str]:

@@ -104,7 +104,7 @@ class Advice:
 
     def _repr_html_(self) -> str:
         choices = [
-            (number, one.label, " ".join(_reasons(one)), *_cost_cells(one.cost))
+            (number, one.label, ". ".join(_reasons(one)), *_cost_cells(one.cost))
             for number, one in enumerate(self.recommendations, 1)
         ]
         shown = html_table(self._title(), self._facts())

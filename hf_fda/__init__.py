@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hf_fda.version import __version__
 
 if TYPE_CHECKING:
+    from hf_fda.advising.advice import Advice
+    from hf_fda.advising.advising import advise
     from hf_fda.anchors import FunctionalDualAnchors
     from hf_fda.configured import merge_config, plan_config
     from hf_fda.errors import HFFDAError, InputError, RunError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from hf_fda.pushing import push
 
 _PLACES = {
+    "Advice": "hf_fda.advising.advice",
     "FDAConfig": "hf_fda.merge_methods",
     "FunctionalDualAnchors": "hf_fda.anchors",
     "HFFDAError": "hf_fda.errors",
@@ -34,6 +37,7 @@ _PLACES = {
     "Plan": "hf_fda.plans",
     "RunError": "hf_fda.errors",
     "Scores": "hf_fda.evaluation.scores",
+    "advise": "hf_fda.advising.advising",
     "evaluate": "hf_fda.evaluation.evaluating",
     "extract": "hf_fda.merging",
     "load": "hf_fda.merged",
@@ -47,6 +51,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "Advice",
     "FDAConfig",
     "FunctionalDualAnchors",
     "HFFDAError",
@@ -57,6 +62,7 @@ __all__ = [
     "RunError",
     "Scores",
     "__version__",
+    "advise",
     "evaluate",
     "extract",
     "load",

@@ -112,7 +112,21 @@ def _data(arguments: argparse.Namespace) -> dict[str, dict[str, Any]] | str | No
     return said_on_command_line(*words) if any(words) else None
 
 
-def scored_data(tasks: Sequence[str], columns: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+def advice_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> dict[str, Any]:
+    """What `advise` gets: what `merge` would, and the rows to try candidates on."""
+    given = merge_arguments(arguments, loose)
+    held = scored_data(arguments.held or (), arguments.try_columns or (), arguments.label or (), "--try")
+    said = {
+        "try_data": held or None,
+        "metrics": asked_metrics(arguments.metric or (), held),
+        **{name: getattr(arguments, name) for name in ("keep", "try_rows", "seconds")},
+    }
+    return {**given, **{name: value for name, value in said.items() if value is not None}}
+
+
+def scored_data(
+    tasks: Sequence[str], columns: Sequence[str], labels: Sequence[str], flag: str = "--task"
+) -> dict[str, dict[str, Any]]:
     """What `evaluate` gets for data.
 
     >>> scored_data(["sst2=nyu-mll/glue:sst2:validation"], [], ["sst2=label"])
@@ -122,11 +136,12 @@ def scored_data(tasks: Sequence[str], columns: Sequence[str], labels: Sequence[s
         tasks: "TASK=ROWS" or "TASK=ROWS:SPLIT" for each task; what is there under the whole name has no split.
         columns: "TASK=COLUMN" or "TASK=COLUMN,COLUMN".
         labels: "TASK=COLUMN".
+        flag: by which `tasks` were said.
 
     Raises:
         InputError: when a word is written otherwise, or says something of a task without rows.
     """
-    found = said_on_command_line(tasks, columns, flag="--task")
+    found = said_on_command_line(tasks, columns, flag=flag)
     for own in found.values():
         split = ROWS.fullmatch(own["path"])
         if split is not None and split["split"] is not None and not Path(own["path"]).expanduser().exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fda.arguments import (
+    advice_arguments,
     asked_metrics,
     document_arguments,
     merge_arguments,
@@ -24,7 +25,7 @@ from hf_fda.command_line import LOOSE_COMMANDS, parser, take_options
 from hf_fda.errors import HFFDAError, InputError, PeerError, agreed
 from hf_fda.launch import is_main, several
 
-SHARED_COMMANDS = (*LOOSE_COMMANDS, "extract")
+SHARED_COMMANDS = (*(name for name in LOOSE_COMMANDS if name != "advise"), "extract")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,6 +115,15 @@ def _plan(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
         plans = (plan(**_agreed_arguments(arguments, loose), processes=arguments.processes),)
     if is_main():
         print(*plans, sep="\n\n")
+
+
+def _advise(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> None:
+    with _loading():
+        from hf_fda.advising.advising import advise
+
+    if is_document(arguments.config):
+        raise InputError(f"{arguments.config}: says which method to merge with; advice takes --base and --source")
+    print(advise(**advice_arguments(arguments, loose), quiet=arguments.quiet))
 
 
 def is_document(config: str | None) -> bool:
@@ -239,6 +249,7 @@ def _demo(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace, list[tuple[str, str]]], None]] = {
     "merge": _merge,
     "plan": _plan,
+    "advise": _advise,
     "anchors": _anchors,
     "extract": _extract,
     "evaluate": _evaluate,

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_fda.version import __version__
 
-LOOSE_COMMANDS = ("merge", "plan", "anchors")
+LOOSE_COMMANDS = ("merge", "plan", "advise", "anchors")
 """Commands that options of a method may follow."""
 
 
@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     for name, help in (
         ("merge", "merge sources into a folder that transformers loads"),
         ("plan", "check a merge and say what it would do; reads no weights, writes nothing"),
+        ("advise", "recommend a method and settings for a merge, with reasons and cost; try a few on held-out rows"),
     ):
         command = _command(commands, name, help)
         command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a configuration, as merge_config.yaml")
@@ -82,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="of the output's vocabulary")
         command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")
         _common(command)
+        if name == "advise":
+            _advise(command)
         if name == "plan":
             command.add_argument("--processes", type=int, metavar="N", help="predict the time on so many processes")
 
@@ -152,6 +155,22 @@ def _command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog)
     command.set_defaults(command=name)
     return command
+
+
+def _advise(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--try",
+        dest="held",
+        action="append",
+        metavar="TASK=ROWS[:SPLIT]",
+        help="held-out rows with labels, to try the first few on: a file or dataset; repeat, once for every source",
+    )
+    command.add_argument("--try-columns", action="append", metavar="TASK=A[,B]", help="what the model reads of these")
+    command.add_argument("--label", action="append", metavar="TASK=COLUMN", help="what is right: label, number or text")
+    command.add_argument("--metric", action="append", metavar="[TASK=]NAME", help="to rank by (default: the usual one)")
+    command.add_argument("--try-rows", type=int, metavar="N", help="at most so many rows of each task (default all)")
+    command.add_argument("--keep", type=int, metavar="N", help="of the recommended, how many are tried (default 3)")
+    command.add_argument("--seconds", type=float, help="that a merge may take; slower methods come behind")
 
 
 def _common(command: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,15 @@ class Meter:
         }
 
 
+def forget_peak() -> None:
+    """Let `peak_bytes` count from now on, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_bytes() -> int | None:
-    """The most memory that this process ever held, libraries included; None where the system does not say."""
+    """The most memory that this process ever held (or since `forget_peak`), libraries included; None where the system
+    does not say."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would start from the parent's
         lines = status.read_text(encoding="ascii").splitlines()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +362,21 @@ class TestRefusals:
 def test_norm_names_are_those_of_the_families() -> None:
     for family, norm in NORM.items():
         assert any(name.endswith(norm) or f".{norm}." in name for name, _ in make_model(family).named_modules())
+
+
+def test_another_process_knows_an_adapter_again(tmp_path: Path) -> None:
+    base = make_base("bert")
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["query", "key", "value"], modules_to_save=["LayerNorm", "pooler"])
+    adapter = save(base, config, tmp_path / "adapter")
+    code = (
+        "from hf_fda.adapters.files import read_files; from hf_fda.checkpoint.location import locate; "
+        f"print(read_files(locate({str(adapter)!r})).fingerprint())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +58,17 @@ class AdapterFiles:
 
     def fingerprint(self) -> str:
         """A hash that changes when the adapter does."""
-        digest = hashlib.sha256(repr(sorted(self.config.to_dict().items(), key=str)).encode())
+        settings = json.dumps(self.config.to_dict(), sort_keys=True, default=_ordered)
+        digest = hashlib.sha256(settings.encode())
         for name in sorted(self.tensors):
             digest.update(name.encode())
             digest.update(self.tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _ordered(value: Any) -> Any:
+    """A setting as plain values; a set is in another order in every process."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def read_files(location: Location) -> AdapterFiles:

@@ -100,7 +100,7 @@ def draw_construction(losses: Mapping[str, float], spectra: Mapping[str, Sequenc
         right.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=1.2, label=block if few else None)
     right.set_xscale("log")
     right.set_yscale("log")
-    right.set_ylim(bottom=1e-4)
+    right.set_ylim(bottom=max(1e-4, 0.5 * min(values[-1] for values in spectra.values())))
     right.set_xlabel("number of the singular value")
     right.set_ylabel("share of the largest")
     if len(spectra) <= NAMED:

@@ -162,7 +162,7 @@ def make_plan(
         settings.heads,
         described.at if described is not None else None,
     )
-    adapter = None if settings.budget is None else plan_adapter(inputs, result, settings.budget)
+    adapter = None if settings.budget is None else plan_adapter(inputs, result, units, settings.budget)
     shards: tuple[Shard, ...] = ()
     if adapter is None:
         check_ties(inputs, result)

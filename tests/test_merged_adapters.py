@@ -374,6 +374,23 @@ def test_the_snippet_in_the_card_of_adapters_with_heads_runs(tmp_path: Path) -> 
     assert "| rank | 2 |" in (merged.folder / "README.md").read_text()
 
 
+def test_what_only_anchors_change_is_in_the_merged_adapter(tmp_path: Path) -> None:
+    base = make_base("bert")
+    base.save_pretrained(tmp_path / "base")
+    fine_tune(base, 1).save_pretrained(tmp_path / "tuned")
+    adapter = save(base, KINDS["plain"]("bert"), tmp_path / "adapter")
+    options: dict[str, Any] = {"num_anchors": 4, "num_tokens": 2, "steps": 2, "quiet": True}
+    anchors = hf_fda.FunctionalDualAnchors.construct(str(tmp_path / "base"), str(tmp_path / "tuned"), **options)
+    anchors.save_pretrained(tmp_path / "anchors")
+    sources = {"own": str(adapter), "other": tmp_path / "anchors"}
+    options |= {"epochs": 5, "adaptation_learning_rate": 1e-3}
+    whole = hf_fda.merge(str(tmp_path / "base"), sources, output=tmp_path / "whole", **options)
+    merged = hf_fda.merge(str(tmp_path / "base"), sources, output=tmp_path / "merged", as_adapter=True, **options)
+    expected = outputs(whole.load("own"), "bert")
+    assert relative(outputs(merged.load("own"), "bert"), expected) <= 1e-5
+    assert relative(outputs(base, "bert"), expected) > 1e-3
+
+
 def test_anchors_are_made_of_an_adapter(tmp_path: Path) -> None:
     base = make_base("bert")
     base.save_pretrained(tmp_path / "base")

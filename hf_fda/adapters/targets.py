@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fda.adapters.checkpoint import AdapterCheckpoint, adapter_of
+from hf_fda.adapters.checkpoint import AdapterCheckpoint
+from hf_fda.adapters.movement import Movement, full_rank
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.errors import InputError, few
@@ -89,12 +89,13 @@ class AdapterPlan:
         return max((self.rank_of(target) for target in self.targets if target.factored), default=0)
 
 
-def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
+def plan_adapter(inputs: Inputs, result: Output, units: Sequence[Unit], budget: Budget) -> AdapterPlan:
     """Decide what a merged adapter holds.
 
     Args:
         inputs: base and sources.
         result: how every tensor of the merged model is made.
+        units: what function-space methods merge.
         budget: of the factors.
 
     Raises:
@@ -108,16 +109,15 @@ def plan_adapter(inputs: Inputs, result: Output, budget: Budget) -> AdapterPlan:
             "them; merge into a full checkpoint"
         )
     layout, own_name, task_type = _layout(inputs)
-    changed = []
+    movement, changed = Movement.of(inputs, units), []
     for name, recipe in result.recipes.items():
         base_name = result.base_names[name]
-        moves = any(source.may_move(base_name) for source in inputs.moving)
-        if recipe.rule != "base" and moves and inputs.base.dtype(base_name).is_floating_point:
+        if recipe.rule != "base" and movement.any(base_name) and inputs.base.dtype(base_name).is_floating_point:
             changed.append(base_name)
     strange = [name for name in changed if name not in own_name]
     if strange:
         raise InputError(f"as_adapter=True: the model of the sources has no {few(strange)}; merge into a checkpoint")
-    targets = _targets(inputs, layout, {name: own_name[name] for name in changed}, budget)
+    targets = _targets(movement, layout, {name: own_name[name] for name in changed}, budget)
     if not targets:
         raise InputError("as_adapter=True: no source changes anything that is merged; there is nothing to write")
     # Of a task type with a head PEFT expects that head in the adapter; heads that are kept lie beside it
@@ -141,7 +141,7 @@ def _check_whole(plan: AdapterPlan) -> None:
 
 def _check_rank(inputs: Inputs, plan: AdapterPlan) -> None:
     shapes = [inputs.base.shape(target.base_name) for target in plan.targets if target.factored]
-    most = max(map(_full_rank, shapes), default=0)
+    most = max(map(full_rank, shapes), default=0)
     if plan.budget.rank is not None and plan.budget.rank > most:
         raise InputError(f"rank {plan.budget.rank} is larger than any of the merged matrices has: at most {most}")
 
@@ -185,52 +185,44 @@ def adapted_ranks(inputs: Inputs, units: Sequence[Unit], adapter: AdapterPlan | 
         ranks = {name: known[name] for name in names if name in known}
     else:
         matrices = [name for name in names if len(inputs.base.shape(name)) > 1]
-        moved = [name for name in matrices if any(source.may_move(name) for source in inputs.moving)]
-        ranks = {name: _limit(inputs, name) for name in moved}
-    return {name: rank for name, rank in ranks.items() if rank < _full_rank(inputs.base.shape(name))}
+        movement = Movement.of(inputs, units)
+        ranks = {name: movement.limit(name) for name in matrices if movement.any(name)}
+    return {name: rank for name, rank in ranks.items() if rank < full_rank(inputs.base.shape(name))}
 
 
-def _full_rank(shape: tuple[int, ...]) -> int:
-    """The rank that a tensor's factors never exceed; of a stack, that of each of its matrices."""
-    return min(shape[-2:]) if len(shape) == 3 else min(shape[0], torch.Size(shape[1:]).numel())
-
-
-def _targets(inputs: Inputs, layout: ModelLayout, names: Mapping[str, str], budget: Budget) -> tuple[Target, ...]:
+def _targets(movement: Movement, layout: ModelLayout, names: Mapping[str, str], budget: Budget) -> tuple[Target, ...]:
     places = {base: layout.places(own) for base, own in names.items()}
     every = [(base, place) for base, own in places.items() for place in own]
     modules = dict(layout.model.named_modules())
     owners = {place: (modules[place.rpartition(".")[0]], place.rpartition(".")[2]) for _, place in every}
-    whole = {owners[place][0] for base, place in every if owners[place][1] == "weight" and _comes_whole(inputs, base)}
+    whole = {owners[place][0] for base, place in every if owners[place][1] == "weight" and movement.replaced(base)}
     biased = any(
         part == "bias" and isinstance(module, FACTORED) and module not in whole for module, part in owners.values()
     )
 
     def form(base: str, place: str) -> Form:
-        return "whole" if owners[place][0] in whole else _form(inputs, base, *owners[place], biased)
+        return "whole" if owners[place][0] in whole else _form(movement, base, *owners[place], biased)
 
-    for base, own in places.items():  # a tied tensor has one form
-        if len({form(base, place) for place in own}) > 1 or (len(own) > 1 and _exact_is_thick(inputs, base, budget)):
+    # A tied tensor has one form: whole, where exact factors would be no smaller than itself
+    for base, own in places.items():
+        if len({form(base, place) for place in own}) > 1 or (
+            len(own) > 1 and budget == Budget() and movement.tuned(base)
+        ):
             whole |= {owners[place][0] for place in own}
     targets = []
     for base, place in every:
         kept = form(base, place)
-        limit = _limit(inputs, base) if kept in ("factors", "parameter") else 0
+        limit = movement.limit(base) if kept in ("factors", "parameter") else 0
         targets.append(Target(base, place, kept, limit))
     _check_parameters(layout, targets)
     return tuple(targets)
 
 
-def _exact_is_thick(inputs: Inputs, name: str, budget: Budget) -> bool:
-    """Whether a tensor's exact factors would be no smaller than itself: a full fine-tune changes it."""
-    moving = [source.checkpoint for source in inputs.moving if source.may_move(name)]
-    return budget == Budget() and any(adapter_of(checkpoint) is None for checkpoint in moving)
-
-
-def _form(inputs: Inputs, name: str, module: nn.Module, part: str, biased: bool) -> Form:
+def _form(movement: Movement, name: str, module: nn.Module, part: str, biased: bool) -> Form:
     """How an adapter keeps a tensor of a module that it does not bring whole.
 
     Args:
-        inputs: base and sources.
+        movement: what the sources change.
         name: the base's name of the tensor.
         module: whose tensor it is.
         part: what the module calls it.
@@ -240,9 +232,8 @@ def _form(inputs: Inputs, name: str, module: nn.Module, part: str, biased: bool)
         if part == "bias":
             return "bias"
         return "whole" if biased and isinstance(module, nn.Embedding) else "factors"
-    matrix = len(inputs.base.shape(name)) in (2, 3)
-    thin = all(source.rank(name) is not None for source in inputs.moving if source.may_move(name))
-    if part == "bias" or (part == "weight" and not (matrix and thin)):
+    matrix = len(movement.inputs.base.shape(name)) in (2, 3)
+    if part == "bias" or (part == "weight" and not (matrix and movement.thin(name))):
         return "whole"
     if matrix:
         return "parameter"
@@ -271,28 +262,3 @@ def _check_parameters(layout: ModelLayout, targets: Sequence[Target]) -> None:
                 f"as_adapter=True: the sources change '{target.name}' and single parameters of a module around it; "
                 f"PEFT has no name for both: {way_out}"
             )
-
-
-def _comes_whole(inputs: Inputs, name: str) -> bool:
-    """Whether every source that moves a tensor is an adapter that brings it whole."""
-    adapters = [
-        source.checkpoint.replaces(source.tensor_of[name])
-        if isinstance(source.checkpoint, AdapterCheckpoint)
-        else False
-        for source in inputs.moving
-        if source.may_move(name)
-    ]
-    return all(adapters)
-
-
-def _limit(inputs: Inputs, name: str) -> int:
-    """The sum of the ranks of what the sources do to a tensor; its own where one of them is dense."""
-    full = _full_rank(inputs.base.shape(name))
-    ranks = 0
-    for source in inputs.moving:
-        if source.may_move(name):
-            factors = source.rank(name)
-            if factors is None:
-                return full
-            ranks += factors
-    return min(ranks, full)

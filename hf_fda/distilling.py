@@ -85,7 +85,7 @@ def distilled_unit(
         RunError: naming the unit, when the loss becomes infinite or not a number.
     """
     config = plan.config
-    assert isinstance(config, DistillConfig) and config.distance is not None
+    assert isinstance(config, DistillConfig) and config.distance is not None and config.epochs is not None
     base = plan.inputs.base
     try:
         aim = StatesObjective(config.distance, [_examples(base, unit, config, own, plan.device) for own in lessons])

@@ -14,7 +14,7 @@ from hf_fda.adapters.targets import adapted_ranks, plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
-from hf_fda.data.opening import OpenedData, open_data
+from hf_fda.data.opening import OpenedData, most_rows, open_data
 from hf_fda.data.request import ANCHORS, Reading
 from hf_fda.errors import InputError
 from hf_fda.given_anchors import agree_with_anchors, check_base, check_given, with_rests
@@ -148,7 +148,7 @@ def make_plan(
     check_vocabulary(settings, inputs)
     if settings.budget is not None:
         inputs = with_ties_apart(inputs)
-    config = _complete(given, inputs, as_adapter=settings.budget is not None)
+    config = _complete(given, inputs, settings.budget is not None, found)
     check_trim(config, settings, described)
     anchoring = _anchoring(config, inputs, isinstance(rows, str))
     units = _units(anchoring or config, inputs)
@@ -172,7 +172,7 @@ def make_plan(
     factored = isinstance(config, FDAConfig) and config.parametrization == "factors"
     ranks = adapted_ranks(inputs, units, adapter) if factored else {}
     if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
-        config = _complete(replace(given, parametrization="coefficients"), inputs, as_adapter=True)
+        config = _complete(replace(given, parametrization="coefficients"), inputs, True, found)
         anchoring = _anchoring(config, inputs, wanted=False)
     return Plan(
         inputs=inputs,
@@ -216,8 +216,9 @@ def open_rows(
     return open_data(data, inputs, reading, of_all=config.data == "must")
 
 
-def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodConfig:
+def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool, data: Mapping[str, OpenedData]) -> MethodConfig:
     """The config with the weights in the order of the sources and every open option filled in."""
+    rows = most_rows(data, config.rows) if isinstance(config, RowsConfig) else 0
     names = [source.name for source in inputs.sources]
     without = [source.name for source in inputs.sources if source.weights is None]
     if not isinstance(config, FDAConfig):
@@ -227,7 +228,7 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
             require_blocks(inputs.base.layout)
         if isinstance(config, DistillConfig):
             thin = all(adapter_of(source.checkpoint) is not None for source in inputs.weighted)
-            config = config.completed(names, family_of(inputs.base.layout), thin)
+            config = config.completed(names, family_of(inputs.base.layout), thin, rows)
         return with_source_names(config, names)
     if without and config.initial not in (None, "base"):
         raise InputError(f"source '{without[0]}' is anchors only; initial must then be 'base', or give its weights")
@@ -252,7 +253,7 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool) -> MethodC
         names, not without, all_thin=not thick, as_adapter=as_adapter, all_have_rest=not restless
     )
     size = hidden_size(inputs.base.config)
-    return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size)
+    return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size, rows)
 
 
 def _anchoring(config: MethodConfig, inputs: Inputs, wanted: bool) -> FDAConfig | None:

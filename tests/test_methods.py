@@ -22,6 +22,7 @@ from hf_fda.merge_methods import (
     resolve_method,
     with_source_names,
 )
+from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.streaming.tensorwise import apply_method
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -737,6 +738,20 @@ def test_merged_text_models_stay_half_way_to_a_start_in_singular_directions(init
     assert FDAConfig(initial=initial).for_family("decoder", 64).interpolation == expected
     assert FDAConfig(initial=initial).for_family("encoder", 64).interpolation == expected
     assert FDAConfig(initial=initial, interpolation=0.7).for_family("encoder", 64).interpolation == 0.7
+
+
+def test_many_rows_are_passed_over_less_often_but_where_the_passes_are_given() -> None:
+    assert [FDAConfig().for_family("encoder", 64, rows).epochs for rows in (0, 64, 65, 128, 1000)] == [
+        20,
+        20,
+        20,
+        10,
+        2,
+    ]
+    assert FDAConfig(epochs=7).for_family("encoder", 64, rows=1000).epochs == 7
+    distill = DistillConfig().completed(["a"], "encoder", all_thin=False, rows=640)
+    assert distill.epochs == 1
+    assert DistillConfig(epochs=7).completed(["a"], "encoder", all_thin=False, rows=640).epochs == 7
 
 
 def test_options_that_were_given_are_not_replaced_by_published_ones() -> None:

@@ -97,6 +97,17 @@ class OpenedData:
         return {**self.record, "fingerprint": rows.fingerprint}
 
 
+def most_rows(data: Mapping[str, OpenedData], limit: int | None) -> int:
+    """How many rows the task has that has most.
+
+    Args:
+        data: of all tasks.
+        limit: of the rows that are taken; None: all are. Of a stream it is all that is known.
+    """
+    known = [own.count if own.count is not None else limit or 0 for own in data.values()]
+    return min(max(known, default=0), limit or max(known, default=0))
+
+
 def open_data(
     data: Mapping[str, Any], inputs: Inputs, reading: Reading | None = None, of_all: bool = True
 ) -> dict[str, OpenedData]:

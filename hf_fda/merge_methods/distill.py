@@ -9,11 +9,15 @@ from typing import Any, ClassVar
 
 from hf_fda.merge_methods.config import MethodConfig, Scope, option, with_source_names
 from hf_fda.merge_methods.fda import AdaptationDistance, Family, Schedule
+from hf_fda.merge_methods.looking import passes_over
 from hf_fda.merge_methods.registry import method_class, register_config
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
 
 DISTANCES: dict[Family, AdaptationDistance] = {"vision": "shift", "encoder": "shift", "decoder": "mse"}
 """A head of a task's own reads what that task wrote; one output layer for all reads everything alike."""
+
+EPOCHS = 10
+"""Passes over few rows, chosen on training rows with 64 a task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,9 @@ class DistillConfig(UnitwiseConfig):
     rest: str | MethodConfig | None = option(
         None, "what lies outside the blocks: base, or a parameter-space method; none: task_arithmetic"
     )
-    epochs: int = option(10, "passes over all rows, for each block", minimum=0)
+    epochs: int | None = option(
+        None, "passes over all rows, for each block; none: 10 over 64 rows a task, fewer over more", minimum=0
+    )
     learning_rate: float = option(3e-2, "Adam's step size, in units of a coefficient", minimum=0)
     schedule: Schedule = option("linear", "the step size stays, or falls to zero over all steps of a block")
     batch_size: int = option(32, "rows a step, drawn from all tasks mixed", minimum=1)
@@ -56,13 +62,14 @@ class DistillConfig(UnitwiseConfig):
         0.5, "how much more the main directions of a source's shift count; 0: all alike", minimum=0
     )
 
-    def completed(self, names: Sequence[str], family: Family, all_thin: bool) -> DistillConfig:
+    def completed(self, names: Sequence[str], family: Family, all_thin: bool, rows: int) -> DistillConfig:
         """The config with every open option filled in.
 
         Args:
             names: of the sources.
             family: "vision", "encoder" (text) or "decoder".
             all_thin: whether all are adapters; a flat spectrum overdoes their few directions.
+            rows: of the task that has most.
         """
         roles: dict[str, Any] = {}
         start = ("task_arithmetic", {"scaling": 0.3}) if all_thin else ("isotropic", {"scaling": 3.0})
@@ -70,7 +77,8 @@ class DistillConfig(UnitwiseConfig):
             value = getattr(self, role) or method_class(method).from_options(options)
             roles[role] = with_source_names(value, names) if isinstance(value, MethodConfig) else value
         unit, distance = self.unit or ("block",), self.distance or DISTANCES[family]
-        return dataclasses.replace(self, unit=unit, distance=distance, **roles)
+        epochs = passes_over(rows, EPOCHS) if self.epochs is None else self.epochs
+        return dataclasses.replace(self, unit=unit, distance=distance, epochs=epochs, **roles)
 
 
 register_config(DistillConfig)

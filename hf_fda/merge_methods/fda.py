@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from hf_fda.merge_methods.config import LooksAt, MethodConfig, Scope, option, with_source_names
+from hf_fda.merge_methods.looking import passes_over
 from hf_fda.merge_methods.registry import method_class, register_config
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
 
@@ -84,7 +85,11 @@ class FDAConfig(UnitwiseConfig):
     patience: int | None = option(
         40, "adamw stops constructing when the loss has not fallen by 1 % in so many steps; none: never", minimum=1
     )
-    epochs: int | None = option(None, "passes of adaptation over all anchors; by parametrization", minimum=0)
+    epochs: int | None = option(
+        None,
+        "passes of adaptation over all anchors, or rows; by parametrization, and fewer over more than 64 rows a task",
+        minimum=0,
+    )
     adaptation_learning_rate: float | None = option(None, "Adam step size of adaptation; by parametrization", minimum=0)
     adaptation_schedule: Schedule = option(
         "linear", "the step size of adaptation stays, or falls to zero over all its steps"
@@ -121,12 +126,13 @@ class FDAConfig(UnitwiseConfig):
         None, "anchors per adaptation step; none: 128, or a quarter of num_anchors where that is more", minimum=1
     )
 
-    def for_family(self, family: Family, hidden_size: int) -> FDAConfig:
+    def for_family(self, family: Family, hidden_size: int, rows: int = 0) -> FDAConfig:
         """The config with every open option filled in for this kind of model.
 
         Args:
             family: "vision", "encoder" (text) or "decoder".
             hidden_size: d of the blocks; from 1024 on a text model counts as large.
+            rows: of data, of the task that has most; adaptation passes less often over many.
         """
         large = hidden_size >= 1024 and family != "vision"
         chosen: dict[str, Any] = {
@@ -144,6 +150,7 @@ class FDAConfig(UnitwiseConfig):
             passes = FACTOR_EPOCHS if self.parametrization == "factors" else COEFFICIENT_EPOCHS
             chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else passes
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
+        chosen["epochs"] = passes_over(rows, chosen["epochs"])
         # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903).
         # Cut to the rank of factors it holds that no longer.
         spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates and self.parametrization != "factors"

@@ -160,6 +160,7 @@ def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> Non
         dtype=arguments.dtype or "float32",
         include_rest=arguments.with_rest,
         include_head=arguments.with_head,
+        snapshots=arguments.snapshot or (),
         quiet=arguments.quiet,
         **method_options(loose),
     )

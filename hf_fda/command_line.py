@@ -92,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", help="type to store anchors in: float32 (default), bfloat16, float16")
     command.add_argument("--with-rest", action="store_true", help="add what it changed outside the blocks")
     command.add_argument("--with-head", action="store_true", help="add its task head")
+    command.add_argument(
+        "--snapshot", action="append", type=int, metavar="STEPS", help="keep the anchors after so many steps; repeat"
+    )
     _common(command)
 
     command = _command(commands, "extract", "make a PEFT adapter of a full fine-tune")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 
 import torch
@@ -28,13 +28,20 @@ class AnchorBuilder:
         config: options, with those of the model's family filled in.
         device: where to work.
         seed: of the anchors' start; each unit draws from its own stream, so units do not depend on each other.
+        snapshots: numbers of steps after which anchors are kept as they are then.
     """
 
     def __init__(
-        self, base: Checkpoint, units: Iterable[Unit], config: FDAConfig, device: torch.device, seed: int
+        self,
+        base: Checkpoint,
+        units: Iterable[Unit],
+        config: FDAConfig,
+        device: torch.device,
+        seed: int,
+        snapshots: Collection[int] = (),
     ) -> None:
         self.base, self.units, self.config = base, tuple(units), config
-        self.device, self.seed = device, seed
+        self.device, self.seed, self.snapshots = device, seed, tuple(sorted(snapshots))
 
     @cached_property
     def capture(self) -> Capture:
@@ -72,6 +79,7 @@ class AnchorBuilder:
                 start.to(self.device),
                 offset,
                 **config.descent(),
+                snapshots=self.snapshots,
                 report=report,
             )
         except RunError as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fda.version import __version__
 
 if TYPE_CHECKING:
+    from hf_fda.analysis.analyzing import Analysis, analyze
     from hf_fda.anchors import FunctionalDualAnchors
     from hf_fda.configured import merge_config, plan_config
     from hf_fda.errors import HFFDAError, InputError, RunError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hf_fda.pushing import push
 
 _PLACES = {
+    "Analysis": "hf_fda.analysis.analyzing",
     "FDAConfig": "hf_fda.merge_methods",
     "FunctionalDualAnchors": "hf_fda.anchors",
     "HFFDAError": "hf_fda.errors",
@@ -34,6 +36,7 @@ _PLACES = {
     "Plan": "hf_fda.plans",
     "RunError": "hf_fda.errors",
     "Scores": "hf_fda.evaluation.scores",
+    "analyze": "hf_fda.analysis.analyzing",
     "evaluate": "hf_fda.evaluation.evaluating",
     "extract": "hf_fda.merging",
     "load": "hf_fda.merged",
@@ -47,6 +50,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "Analysis",
     "FDAConfig",
     "FunctionalDualAnchors",
     "HFFDAError",
@@ -57,6 +61,7 @@ __all__ = [
     "RunError",
     "Scores",
     "__version__",
+    "analyze",
     "evaluate",
     "extract",
     "load",

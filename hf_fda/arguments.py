@@ -112,8 +112,10 @@ def _data(arguments: argparse.Namespace) -> dict[str, dict[str, Any]] | str | No
     return said_on_command_line(*words) if any(words) else None
 
 
-def scored_data(tasks: Sequence[str], columns: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What `evaluate` gets for data.
+def scored_data(
+    tasks: Sequence[str], columns: Sequence[str], labels: Sequence[str], flag: str = "--task"
+) -> dict[str, dict[str, Any]]:
+    """What `evaluate` and `analyze` get for data.
 
     >>> scored_data(["sst2=nyu-mll/glue:sst2:validation"], [], ["sst2=label"])
     {'sst2': {'path': 'nyu-mll/glue:sst2', 'split': 'validation', 'label': 'label'}}
@@ -122,11 +124,12 @@ def scored_data(tasks: Sequence[str], columns: Sequence[str], labels: Sequence[s
         tasks: "TASK=ROWS" or "TASK=ROWS:SPLIT" for each task; what is there under the whole name has no split.
         columns: "TASK=COLUMN" or "TASK=COLUMN,COLUMN".
         labels: "TASK=COLUMN".
+        flag: by which the tasks were said.
 
     Raises:
         InputError: when a word is written otherwise, or says something of a task without rows.
     """
-    found = said_on_command_line(tasks, columns, flag="--task")
+    found = said_on_command_line(tasks, columns, flag=flag)
     for own in found.values():
         split = ROWS.fullmatch(own["path"])
         if split is not None and split["split"] is not None and not Path(own["path"]).expanduser().exists():

@@ -106,7 +106,8 @@ def lines(
         _scale(own, axes, series)
         if _many(order, series):
             _order_bar(figure, own, order, list(series))
-        legend(figure, own, 3)
+        if len(series) + len(dashed) > 1:
+            legend(figure, own, 3)
 
     found = [(label, x, y) for label, points in {**series, **dashed}.items() for x, y in zip(*points, strict=True)]
     extra = 0.22 * math.ceil((len(dashed) + (0 if _many(order, series) else len(series))) / 3)
@@ -171,8 +172,8 @@ def table(
     def paint(figure: Figure) -> None:
         own = figure.subplots()
         own.grid(False)
-        scale = {"cmap": SHARES, "vmin": 0.0} if shares else {"cmap": SIGNED, "vmin": -strongest}
-        image = own.imshow(values, vmax=strongest, aspect="auto", interpolation="none", **scale)
+        colours, low = (SHARES, 0.0) if shares else (SIGNED, -strongest)
+        image = own.imshow(values, cmap=colours, vmin=low, vmax=strongest, aspect="auto", interpolation="none")
         tilted = max(map(len, columns), default=0) * len(columns) > 36
         own.set_xticks(range(len(columns)), columns, rotation=45 if tilted else 0, ha="right" if tilted else "center")
         step = max(1, math.ceil(len(rows) / 40))
@@ -182,7 +183,8 @@ def table(
             for y, line in enumerate(values):
                 for x, value in enumerate(line):
                     pale = abs(value) < 0.6 * strongest
-                    own.text(x, y, short(value), ha="center", va="center", color="black" if pale else "white", size=8)
+                    text = f"{value:.2f}" if limit else short(value)
+                    own.text(x, y, text, ha="center", va="center", color="black" if pale else "white", size=8)
         figure.colorbar(image, ax=own, label=unit)
 
     found = tuple((row, column, value) for row, own in rows.items() for column, value in zip(columns, own, strict=True))

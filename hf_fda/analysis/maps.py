@@ -19,8 +19,8 @@ HIGHEST = 0.8
 
 SURFACE = "cividis_r"
 INK = ("#D55E00", "#CC79A7", "#000000", "#0072B2")
-X_LABEL = "x: along the first task vector (norm of parameters)"
-Y_LABEL = "y: orthogonal to it (norm of parameters)"
+X_LABEL = "along the first task vector (norm of parameters)"
+Y_LABEL = "orthogonal to it (norm of parameters)"
 
 
 def landscape_chart(name: str, title: str, caption: str, seen: Landscape, unit: str) -> Chart:
@@ -39,7 +39,7 @@ def landscape_chart(name: str, title: str, caption: str, seen: Landscape, unit: 
         surface = _surface(axes, seen, seen.mean)
         _models(axes, seen)
         axes.set(xlabel=X_LABEL, ylabel=Y_LABEL, title=title)
-        figure.colorbar(surface, ax=axes, label=f"mean {unit}")
+        _bar(figure, axes, surface, f"mean {unit}")
         legend(figure, axes, 3)
 
     extra = 0.22 * math.ceil((len(seen.points) + len(seen.paths) + 1) / 3)
@@ -50,23 +50,27 @@ COLUMNS = ("what", "x", "y", "distance from the plane", "loss")
 
 
 def tasks_chart(name: str, title: str, caption: str, seen: Landscape, unit: str) -> Chart:
-    """The loss of each task over a plane, each with a scale of its own; arguments as `landscape_chart`."""
+    """The loss of each task over a plane, each with a scale of its own; arguments as `landscape_chart`.
+
+    The axes are those of the large chart and have short names here; the caption says which, and the unit.
+    """
     count = len(seen.losses)
     columns = min(2, count)
     rows = math.ceil(count / columns)
 
     def paint(figure: Figure) -> None:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        for axes, (task, grid) in zip(panels, seen.losses.items(), strict=False):
+        for place, (axes, (task, grid)) in enumerate(zip(panels, seen.losses.items(), strict=False)):
             surface = _surface(axes, seen, grid)
             _models(axes, seen, small=True)
-            axes.set_title(task)
-            figure.colorbar(surface, ax=axes)
+            axes.set(title=task, xlabel="along" if place + columns >= count else "")
+            axes.tick_params(labelbottom=place + columns >= count)
+            _bar(figure, axes, surface, "loss")
+        for axes in panels[::columns]:
+            axes.set_ylabel("orthogonal")
         for axes in panels[count:]:
             axes.set_visible(False)
         figure.suptitle(title, size=10.5)
-        figure.supxlabel(X_LABEL, size=9.5)
-        figure.supylabel(f"{Y_LABEL}; colours: {unit}", size=8 if rows == 1 else 9.5)
         legend(figure, panels[0], 3)
 
     extra = 0.22 * math.ceil((len(seen.points) + len(seen.paths)) / 3)
@@ -76,6 +80,7 @@ def tasks_chart(name: str, title: str, caption: str, seen: Landscape, unit: str)
         for row, y in enumerate(seen.y)
         for column, x in enumerate(seen.x)
     ]
+    caption = f"{caption} The axes are {X_LABEL} and {Y_LABEL}; the loss is {unit}."
     return Chart(name, title, caption, ("task", *COLUMNS[1:]), tuple(found), paint, (6.0, 0.9 + 2.3 * rows + extra))
 
 
@@ -91,9 +96,14 @@ def _surface(axes: Any, seen: Landscape, grid: Sequence[Sequence[float]]) -> Any
     return axes.contourf(seen.x, seen.y, values, levels=levels, cmap=SURFACE, extend="max")
 
 
+def _bar(figure: Figure, axes: Any, surface: Any, label: str) -> None:
+    """The scale of heights, with few and short numbers."""
+    figure.colorbar(surface, ax=axes, label=label, ticks=surface.levels[::3], format="%.3g")
+
+
 def _models(axes: Any, seen: Landscape, small: bool = False) -> None:
     """Models as marks with a white rim, paths as lines through small ones."""
-    size = 5 if small else 9
+    size = 6.5 if small else 9
     for number, (name, path) in enumerate(seen.paths.items()):
         x, y = [own.x for own in path], [own.y for own in path]
         axes.plot(x, y, "-", color="white", linewidth=3.4)

@@ -83,6 +83,11 @@ def open_task_data(opened: OpenedMerge, data: Mapping[str, Any], reading: Readin
         if opened.tasks and task not in opened.tasks:
             raise InputError(f"data: the merge has no task '{task}': {nearest(str(task), opened.tasks)}")
         given, label = parted(value, task)
+        if label is None and task not in known:
+            raise InputError(
+                f"data of '{task}': its fine-tune is not at hand, so that answers have nothing to be compared with; "
+                "name the column of what is right: {'path': ..., 'label': '...'} (--label TASK=...)"
+            )
         adapter = "config.json" not in opened.location.names
         inputs = merged_model(opened.location, task, opened.base.id if adapter else None, opened.trust_remote_code)
         own = open_data({task: given}, inputs, reading)[task]
@@ -93,11 +98,6 @@ def open_task_data(opened: OpenedMerge, data: Mapping[str, Any], reading: Readin
             )
         if own.lacks_targets:
             raise InputError(f"data of '{task}': rows do not say what is written on them; name prompt and target")
-        if label is None and task not in known:
-            raise InputError(
-                f"data of '{task}': its fine-tune is not at hand, so that answers have nothing to be compared with; "
-                "name the column of what is right: {'path': ..., 'label': '...'} (--label TASK=...)"
-            )
         found[task] = TaskData(own, label)
     return found
 

@@ -159,7 +159,7 @@ def landscape_section(seen: Landscape, unit: str, rows: int) -> Section:
     x, y, value = seen.lowest
     near = min(seen.points, key=lambda name: (seen.points[name].x - x) ** 2 + (seen.points[name].y - y) ** 2)
     text = (
-        f"Real losses on {rows} rows at {len(seen.x)} x {len(seen.y)} points of the plane through "
+        f"Real losses ({unit}) on {rows} rows at {len(seen.x)} x {len(seen.y)} points of the plane through "
         f"{', '.join(seen.points)}. The lowest mean on the grid is {value:.4f} at ({x:.2f}, {y:.2f}); of the models "
         f"{near} is nearest to it."
     )

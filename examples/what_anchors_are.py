@@ -47,24 +47,24 @@ from hf_fda.progress import Progress
 from hf_fda.states import UnitStates
 
 CPU = torch.device("cpu")
-ROWS, TEST_ROWS, LONGEST = 64, 300, 64
+ROWS, TEST_ROWS, LONGEST = 40, 300, 64
 """Training rows and test rows of a task, and tokens of a text, at most."""
 
-STEPS = {"muon": (0, 1, 2, 5, 10, 20, 40), "adamw": (0, 5, 10, 20, 40, 100)}
+STEPS = {"muon": (0, 1, 2, 5, 10, 20, 40), "adamw": (0, 1, 2, 5, 10, 20, 40)}
 """Construction steps that are looked at, by optimizer: muon is the package's default, adamw is published."""
 
 STARTS = ("weights", "gaussian")
 LOOKED_AT = 2
 """Tasks whose anchors are looked at step by step, in the first, the middle and the last block."""
 
-MERGED: dict[str, Any] = {"num_anchors": 32, "steps": 40}
+MERGED: dict[str, Any] = {"num_anchors": 32, "steps": 30}
 """How the anchors of the merges are made: of all tasks and blocks, and so of fewer."""
 
 PASSES = (1, 2, 5, 10, 20)
 """Passes of adaptation after which a path is looked at."""
 
 SCALINGS = tuple(number / 10 for number in range(11))
-GRID = 9
+GRID = 7
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ HEAD = """# What anchors are
 
 Functional dual anchors (arXiv 2510.21223) rest on four claims. Here each is checked on checkpoints, by
 `examples/what_anchors_are.py`, which writes this page from what it measures. Anchors are looked at in the first, the
-middle and the last block of two tasks, 64 anchors each, built by *adamw* (as published, 100 steps here) and by *muon*
-(the package's default, 40 steps), from *weights* (sampled rows) and from *gaussian* noise. A cell is one seed, one
-task, one block. "States" are hidden states of 64 training rows in the fine-tune itself; k is a sixteenth of the width.
+middle and the last block of two tasks, 64 anchors each, built in 40 steps by *adamw* (as published) and by *muon* (the
+package's default), from *weights* (sampled rows) and from *gaussian* noise. A cell is one seed, one task, one block.
+"States" are hidden states of 40 training rows in the fine-tune itself; k is a sixteenth of the width.
 A claim is said to hold where it does in at least 90 % of the cells, and not to hold where it does in at most 10 %.
 """
 

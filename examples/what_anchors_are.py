@@ -262,16 +262,13 @@ def _landscape(
 ) -> dict[str, Any]:
     """Losses over the plane of base, task arithmetic and the adapted merge; both paths of adaptation on it."""
 
-    def summed(name: str, base: Tensor) -> Tensor:
-        return torch.stack(opened.task_vectors(name)).sum(0)
-
     def arithmetic(name: str, base: Tensor) -> Tensor:
-        return 0.3 * summed(name, base)
+        return 0.3 * opened.summed(name, base)
 
     first, second = ("task arithmetic 0.3", arithmetic), ("adapted", opened.merged.task)
     path = tuple(opened.another(folder).task for folder in folders["from the base"][:-1])
     other = tuple(opened.another(folder).task for folder in folders["from task arithmetic"])
-    whole = Chosen(first, second, (summed, *path, *other))
+    whole = Chosen(first, second, (opened.summed, *path, *other))
     with Progress(0, True) as progress:
         seen = measure(opened, measuring, whole, GRID, work, progress)
     ((start, far, *points, end),) = seen.paths.values()
@@ -294,9 +291,12 @@ def _landscape(
 
 def _at_scaling(opened: OpenedMerge, measuring: Measuring, scaling: float) -> float:
     """The mean loss of task arithmetic."""
-    measuring.shared.put(
-        opened.names, lambda name: opened.base_tensor(name) + scaling * torch.stack(opened.task_vectors(name)).sum(0)
-    )
+
+    def read(name: str) -> Tensor:
+        base = opened.base_tensor(name)
+        return base.add(opened.summed(name, base), alpha=scaling)
+
+    measuring.shared.put(opened.names, read)
     return _mean(measuring())
 
 

@@ -22,6 +22,7 @@ from hf_fda.data.request import Reading, check_number
 from hf_fda.devices import resolve_device
 from hf_fda.errors import InputError, few
 from hf_fda.plans import readable_size
+from hf_fda.prediction import readable_time
 from hf_fda.progress import Progress, logger
 from hf_fda.spending import Meter, hardware, peak_bytes
 
@@ -203,6 +204,9 @@ def _of_merge(
     forecast = of_merges.forecast(opened) + (anchors.forecast() if anchors else Forecast())
     if rows:
         forecast += measuring.forecast(opened, rows, chosen is not None)
+        if anchors is not None and anchors.builder is not None:
+            aligned = of_states.forecast(anchors.builder, reading.rows or 0, reading.max_length)
+            forecast += Forecast(0.0, aligned.memory + opened.nbytes)  # the merged model is still there
     name = str(opened.location.folder or opened.location.id)
     rest = "; what rows of data take is told when a batch has run" if rows else ""
     logger.info("%s: %s%s", name, forecast, rest)
@@ -234,7 +238,7 @@ def _on_rows(
     """What is seen on rows of data."""
     work = measuring.prepare(opened, rows, looking.device, looking.batch_size)
     looks = len(opened.groups) + 1 + (looking.grid**2 if chosen is not None else 0)
-    logger.info("on rows of data: %s for %d looks at them", Forecast(work.seconds() * looks), looks)
+    logger.info("on rows of data: about %s for %d looks at them", readable_time(work.seconds() * looks), looks)
     progress.expect(progress.done + looks - 1)
     found = [of_losses.bought_section(of_losses.bought(opened, work, progress), work.unit)]
     if chosen is not None:

@@ -18,7 +18,9 @@ HIGHEST = 0.8
 """Share of the grid that has a colour of its own; the heights above it have one together, so that the valley shows."""
 
 SURFACE = "cividis_r"
-INK = ("#D55E00", "#CC79A7", "#000000", "#0072B2")
+INK = ("#000000", "#CC79A7", "#0072B2", "#D55E00")
+"""Colours of paths."""
+
 X_LABEL = "along the first task vector (norm of parameters)"
 Y_LABEL = "orthogonal to it (norm of parameters)"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_fda.analysis.similarities import PIECE
 from hf_fda.errors import InputError
 
 
@@ -59,9 +60,10 @@ def move(pairs: Iterable[Sequence[Tensor]]) -> Move:
     """
     moved, whole, seen = 0.0, 0.0, False
     for base, merged in pairs:
-        first = base.detach().double().cpu()
-        moved += float((merged.detach().double().cpu() - first).square().sum())
-        whole += float(first.square().sum())
+        pieces = zip(*(own.detach().flatten().split(PIECE) for own in (base, merged)), strict=True)
+        for before, after in ((one.double().cpu(), other.double().cpu()) for one, other in pieces):
+            moved += float((after - before).square().sum())
+            whole += float(before.square().sum())
         seen = True
     if not seen:
         raise InputError("the block has no tensors to compare")

@@ -30,6 +30,9 @@ from hf_fda.progress import Progress
 SHARE = 16
 """Anchors are compared in their top d / 16 directions."""
 
+COMPARED = 2
+"""Spectra that take as long as comparing the directions of one source with those of another."""
+
 COPIES = 4
 """Float64 copies of a block's anchors that its decomposition holds."""
 
@@ -73,13 +76,12 @@ class AnchorsAnalysis:
         first = self.anchors[names[0]][self.blocks[0]].anchors
         each = seconds_of(lambda: spectrum(first))
         kept = sum(len(self.anchors[name].snapshots(self.blocks[0])) for name in names)
-        times = len(self.blocks) * (len(names) + kept + 2 * (len(names) > 1) * len(names) ** 2)
-        memory = COPIES * 8 * first.numel()
+        compared = COMPARED * len(names) ** 2 if len(names) > 1 else 0
+        memory = (COPIES * 8 + 4 * len(names)) * first.numel()
         if self.builder is not None:
             unit = self.builder.units[0]
-            size = sum(prod(self.builder.base.shape(name)) for name in unit.tensors)
-            memory += 4 * (len(names) + 3) * size + 8 * len(names) * size
-        return Forecast(each * times, memory)
+            memory += 4 * (len(names) + 3) * sum(prod(self.builder.base.shape(name)) for name in unit.tensors)
+        return Forecast(each * len(self.blocks) * (len(names) + kept + compared), memory)
 
     def run(self, progress: Progress) -> AnchorsSeen:
         """Look at every block."""

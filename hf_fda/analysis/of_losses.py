@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hf_fda.analysis.charts import table
@@ -85,7 +84,7 @@ def choose(opened: OpenedMerge, through: Sequence[object]) -> Chosen:
     path = tuple(opened.another(folder).task for folder in through)
 
     def arithmetic(name: str, base: Tensor) -> Tensor:
-        return SCALING * torch.stack(opened.task_vectors(name)).sum(0)
+        return opened.summed(name, base).mul_(SCALING)
 
     first = f"task arithmetic {SCALING}", arithmetic
     products = gram(

@@ -33,7 +33,7 @@ def forecast(opened: OpenedMerge) -> Forecast:
     share = sum(prod(opened.base.shape(name)) for name in names) / max(1, opened.nbytes // 4)
     largest = max(prod(opened.base.shape(name)) for name in opened.names)
     count = len(opened.sources)
-    return Forecast(seconds * (1 + count) / share, largest * (4 * (count + 2) + 8 * (count + 1)))
+    return Forecast(seconds * (1 + count) / share, largest * 4 * (count + 3))
 
 
 def look(opened: OpenedMerge, progress: Progress) -> MergeSeen:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from math import prod
 
 from hf_fda.analysis.charts import Axes, Chart, lines, table
+from hf_fda.analysis.forecasts import Forecast
 from hf_fda.analysis.gradients import GradientAgreement, anchor_gradients, gradient_agreement, states_gradients
 from hf_fda.analysis.recording import real_states, vectors_of
 from hf_fda.analysis.report import Section
 from hf_fda.analysis.subspaces import projection_energy
 from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.container import FunctionalDualAnchors
+from hf_fda.blocks import family_of
 from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.costs import tokens_of, width
 from hf_fda.data.rows import TaskRows
 from hf_fda.devices import release_memory
 from hf_fda.progress import Progress
+from hf_fda.states.footprint import TEXT_POSITIONS
 
 SHARE = 16
 """Subspaces have d / 16 directions."""
@@ -42,6 +45,23 @@ class Alignment:
     gradients: GradientAgreement
 
 
+def forecast(builder: AnchorBuilder, rows: int, max_length: int) -> Forecast:
+    """Memory that comparing one task takes: the states of all units in half precision, one unit's in float64, and the
+    unit's parameters and gradients.
+
+    Args:
+        builder: that calls the units.
+        rows: of the task.
+        max_length: tokens of a text, at most; it is taken to have `TEXT_POSITIONS`, as plans do.
+    """
+    base, units = builder.base, builder.units
+    image = family_of(base.layout) == "vision"
+    positions = tokens_of(base, builder.config) if image else min(max_length, TEXT_POSITIONS)
+    vectors = width(base) * rows * positions
+    entries = max(sum(prod(base.shape(name)) for name in unit.tensors) for unit in units)
+    return Forecast(0.0, (2 * len(units) + 3 * 8) * vectors + 5 * 4 * entries)
+
+
 def align_task(
     builder: AnchorBuilder,
     source: AlignedSource,
@@ -59,16 +79,15 @@ def align_task(
         progress: whom to tell.
     """
     units = [unit for unit in builder.units if unit.name in anchors]
-    width = builder.capture.calls[units[0].name].size
-    assert width is not None
-    recorded = real_states(source, units, rows, width, builder.device)
+    size = width(builder.base)
+    recorded = real_states(source, units, rows, size, builder.device)
     found = {}
     for unit in units:
         what = f"{source.name}: anchors and real states of {unit.name}"
         progress.now(what)
         states, own = recorded[unit.name], anchors[unit.name]
         real, start = vectors_of(states), builder.start(source, unit)
-        k = max(1, min(width // SHARE, own.anchors[..., 0].numel(), len(real)))
+        k = max(1, min(size // SHARE, own.anchors[..., 0].numel(), len(real)))
         after, before = (projection_energy(real, x, [k]) for x in (own.anchors, start))
         names = list(own.cosines)
         base, tuned = builder.load(builder.base.read, unit), builder.load(source.read, unit)
@@ -141,17 +160,3 @@ def _gradient_charts(task: str, blocks: Mapping[str, Alignment]) -> list[Chart]:
             limit=1.0,
         )
     ]
-
-
-def forecast_bytes(width: int, units: int, rows: int, positions: int, entries: int) -> int:
-    """Bytes held: the states of all units in half precision, one block's in float64, and three sets of gradients.
-
-    Args:
-        width: d.
-        units: how many.
-        rows: of a task.
-        positions: of a row, at most.
-        entries: parameters of one unit.
-    """
-    vectors = rows * positions
-    return 2 * width * vectors * units + 3 * 8 * width * vectors + 6 * torch.float32.itemsize * entries

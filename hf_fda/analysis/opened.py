@@ -8,6 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_fda.adapters import open_source
@@ -64,14 +65,24 @@ class OpenedMerge:
 
     def task_vectors(self, name: str) -> list[Tensor]:
         """Every source's task vector of a tensor, in single precision; zeros of a source that lacks it."""
-        base = self.base.read(name).float()
-        moved = (own.may_move(name) and _held(self.base, own, name) for own in self.sources)
-        return [own.task(name, base) if moves else base * 0 for own, moves in zip(self.sources, moved, strict=True)]
+        base = self.base_tensor(name)
+        return [self._task(own, name, base) for own in self.sources]
+
+    def summed(self, name: str, base: Tensor) -> Tensor:
+        """The sum of the sources' task vectors of a tensor, with one of them in memory at a time."""
+        total = torch.zeros_like(base)
+        for own in self.sources:
+            total += self._task(own, name, base)
+        return total
+
+    def _task(self, source: AlignedSource, name: str, base: Tensor) -> Tensor:
+        moves = source.may_move(name) and _held(self.base, source, name)
+        return source.task(name, base) if moves else torch.zeros_like(base)
 
     def pairs(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """The base's tensors and the merged ones, one pair at a time."""
         for name in names:
-            base = self.base.read(name).float()
+            base = self.base_tensor(name)
             yield base, base + self.merged.task(name, base)
 
     def base_tensor(self, name: str) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hf_fda.errors import InputError
 
+PIECE = 1 << 20
+"""Entries of each vector that are in float64 at a time."""
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -60,8 +63,9 @@ def gram(parts: Iterable[Sequence[Tensor]], count: int) -> Tensor:
     """
     total, seen = torch.zeros(count, count, dtype=torch.float64), False
     for part in parts:
-        rows = torch.stack([own.detach().flatten().double().cpu() for own in part])
-        total, seen = total + rows @ rows.T, True
+        for pieces in zip(*(own.detach().flatten().split(PIECE) for own in part), strict=True):
+            rows = torch.stack([piece.double().cpu() for piece in pieces])
+            total, seen = total + rows @ rows.T, True
     if not seen or not count:
         raise InputError("there are no vectors to compare; give the tensors of one block at least")
     if not bool(total.isfinite().all()):

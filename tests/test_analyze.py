@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from adapters import save as adapter
 from checks import files, merge, weights
 from conftest import TEXT, fine_tune, make_model
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
-from vocabularies import save, wordpiece
+from vocabularies import bpe, save, wordpiece
 
 import hf_fda
 from hf_fda.analysis import spectrum
@@ -184,6 +186,26 @@ def test_a_language_model_without_heads(library: Library, tmp_path: Path) -> Non
     seen = hf_fda.analyze(merged, **QUIET)
     assert [row[1] for row in numbers(seen.folder, "moves")] == ["0.0", "1.0", "2.0", "3.0"]
     assert "interference" in seen.charts
+
+
+def test_language_models_and_adapters_on_rows(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    base = save(tmp_path / "base", make_model("llama", vocab_size=len(tokenizer)), tokenizer)
+    sources: dict[str, Any] = {
+        "one": save(tmp_path / "one", fine_tune(make_model("llama", vocab_size=len(tokenizer)), 1), tokenizer)
+    }
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapters = {
+        name: adapter(make_model("llama", vocab_size=len(tokenizer)), config, tmp_path / f"{name}-adapter", seed)
+        for seed, name in enumerate(("one", "two"))
+    }
+    data = {"one": ["the quick brown fox", "pack my box", "lazy dog"]}
+    for name, given, options in (("whole", sources, {}), ("adapter", adapters, {"as_adapter": True})):
+        merged = hf_fda.merge(
+            base, given, "task_arithmetic", tmp_path / f"{name}-merged", scaling=0.6, **options, **QUIET
+        )
+        seen = hf_fda.analyze(merged.folder, data, base=base, grid=2, **QUIET)
+        assert {"moves", "bought"} <= set(seen.charts)
 
 
 def test_sources_that_are_gone_are_left_out(tmp_path: Path) -> None:

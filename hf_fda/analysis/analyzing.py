@@ -222,7 +222,7 @@ def _of_merge(
         ("base", opened.base.id),
         ("sources", ", ".join(own.name for own in opened.sources) or "not at hand"),
         *((f"rows of {task}", own.opened.shown) for task, own in rows.items()),
-        ("foretold", f"{forecast}{rest}"),
+        ("foretold", f"{forecast}{', without the time on rows of data' if rows else ''}"),
     ]
     return f"Merge in {Path(name).name}", facts, found
 

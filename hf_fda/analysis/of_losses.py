@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -70,9 +71,9 @@ def bought_section(found: Mapping[str, Bought], unit: str) -> Section:
     return Section("What each block bought", "", (chart,))
 
 
-def choose(opened: OpenedMerge, through: Sequence[object]) -> Chosen:
-    """The plane of base, task arithmetic and the merge; of a merge that is task arithmetic itself, that of its first
-    source in its place.
+def choose(opened: OpenedMerge, through: Sequence[object]) -> Chosen | None:
+    """The plane of base, task arithmetic and the merge; of a merge that is task arithmetic itself, that of the first
+    source that spans one with it in its place. None where none does, as where there is one source only.
 
     Args:
         opened: the merge, whose sources are at hand.
@@ -86,17 +87,23 @@ def choose(opened: OpenedMerge, through: Sequence[object]) -> Chosen:
     def arithmetic(name: str, base: Tensor) -> Tensor:
         return opened.summed(name, base).mul_(SCALING)
 
-    first = f"task arithmetic {SCALING}", arithmetic
-    products = gram(
-        ((arithmetic(name, base), merged - base) for name in opened.names for base, merged in opened.pairs([name])), 2
-    )
-    try:
-        plane(products)
-    except InputError:
-        source = opened.sources[0]
-        logger.info("the merge lies on the line of task arithmetic; the plane is that of fine-tune '%s'", source.name)
-        return Chosen(first, (f"fine-tune {source.name}", source.task), path)
-    return Chosen(first, ("merged", opened.merged.task), path)
+    others: dict[str, Vector] = {"merged": opened.merged.task}
+    others |= {f"fine-tune {own.name}": partial(opened.task_vector, own) for own in opened.sources}
+    for label, other in others.items():
+        products = _products(opened, (arithmetic, other))
+        try:
+            plane(products)
+        except InputError:
+            continue
+        return Chosen((f"task arithmetic {SCALING}", arithmetic), (label, other), path)
+    logger.info("base, merge and sources lie on one line: there is no plane to look at")
+    return None
+
+
+def _products(opened: OpenedMerge, vectors: Sequence[Vector]) -> Tensor:
+    """The products of task vectors with each other."""
+    bases = ((name, opened.base_tensor(name)) for name in opened.names)
+    return gram(([own(name, base) for own in vectors] for name, base in bases), len(vectors))
 
 
 def measure(
@@ -116,10 +123,7 @@ def measure(
         InputError: when the three models lie on one line.
     """
     vectors = (chosen.first[1], chosen.second[1], *chosen.path)
-    products = gram(
-        ([own(name, base) for own in vectors] for name in opened.names for base in (opened.base_tensor(name),)),
-        len(vectors),
-    )
+    products = _products(opened, vectors)
     of = plane(products[:2, :2])
     marks = {"base": of.project(0.0, 0.0, 0.0)}
     marks |= {label: _on(of, products, place) for place, (label, _) in enumerate((chosen.first, chosen.second))}
@@ -158,7 +162,7 @@ def landscape_section(seen: Landscape, unit: str, rows: int) -> Section:
     x, y, value = seen.lowest
     near = min(seen.points, key=lambda name: (seen.points[name].x - x) ** 2 + (seen.points[name].y - y) ** 2)
     text = (
-        f"Real losses ({unit}) on {rows} rows at {len(seen.x)} x {len(seen.y)} points of the plane through "
+        f"Real losses, {unit}, on {rows} rows at {len(seen.x)} x {len(seen.y)} points of the plane through "
         f"{', '.join(seen.points)}. The lowest mean on the grid is {value:.4f} at ({x:.2f}, {y:.2f}); of the models "
         f"{near} is nearest to it."
     )

@@ -66,16 +66,17 @@ class OpenedMerge:
     def task_vectors(self, name: str) -> list[Tensor]:
         """Every source's task vector of a tensor, in single precision; zeros of a source that lacks it."""
         base = self.base_tensor(name)
-        return [self._task(own, name, base) for own in self.sources]
+        return [self.task_vector(own, name, base) for own in self.sources]
 
     def summed(self, name: str, base: Tensor) -> Tensor:
         """The sum of the sources' task vectors of a tensor, with one of them in memory at a time."""
         total = torch.zeros_like(base)
         for own in self.sources:
-            total += self._task(own, name, base)
+            total += self.task_vector(own, name, base)
         return total
 
-    def _task(self, source: AlignedSource, name: str, base: Tensor) -> Tensor:
+    def task_vector(self, source: AlignedSource, name: str, base: Tensor) -> Tensor:
+        """A source's task vector of a tensor, in single precision; zeros where it lacks the tensor."""
         moves = source.may_move(name) and _held(self.base, source, name)
         return source.task(name, base) if moves else torch.zeros_like(base)
 

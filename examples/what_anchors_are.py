@@ -126,7 +126,7 @@ def demo(work: Path, seed: int) -> Setting:
     return Setting("demo", base, tasks)
 
 
-def look_at_anchors(setting: Setting, seed: int) -> dict[str, Any]:
+def look_at_anchors(setting: Setting, seed: int, _: Path) -> dict[str, Any]:
     """Claims 1, 2 and 4: anchors of some tasks and blocks step by step, by optimizer and start."""
     base = open_checkpoint(setting.base)
     found: dict[str, Any] = {"variants": {}, "limits": {}, "spectra": {}}
@@ -332,6 +332,10 @@ def _accuracy(setting: Setting, opened: OpenedMerge, measuring: Measuring, folde
     return sum(found) / len(found)
 
 
+PARTS = {"anchors": look_at_anchors, "merges": look_at_merges}
+"""What is measured of a setting: claims 1, 2 and 4, and claims 3 and 4."""
+
+
 def main() -> None:
     """Parse, measure what is not measured yet, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -339,6 +343,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="TASK.train.jsonl and TASK.test.jsonl")
     parser.add_argument("--demo", action="store_true", help="the demo's vision tasks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default all)")
     parser.add_argument("--work", type=Path, default=Path("what_anchors_are"), help="where work goes")
     parser.add_argument("--output", type=Path, help="where the page goes (default: the work folder)")
     options = parser.parse_args()
@@ -354,14 +359,14 @@ def main() -> None:
         for make in settings:
             start = time.perf_counter()
             setting = make()
-            for part, look in {"anchors": look_at_anchors, "merges": look_at_merges}.items():
+            for part in options.parts:
                 file = options.work / f"{setting.name}-{part}-{seed}.json"
                 if file.is_file():
                     continue
                 print(f"{setting.name}, {part}, seed {seed}", flush=True)
                 own = options.work / f"{setting.name}-{seed}"
                 own.mkdir(parents=True, exist_ok=True)
-                found = look(setting, seed, own) if look is look_at_merges else look(setting, seed)
+                found = PARTS[part](setting, seed, own)
                 file.write_text(json.dumps(found), encoding="utf-8")
                 print(f"  {time.perf_counter() - start:.0f} s", flush=True)
     print(write_page(options.work, options.output or options.work))

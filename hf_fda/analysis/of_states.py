@@ -116,9 +116,9 @@ def section(found: Mapping[str, Mapping[str, Alignment]]) -> Section:
     for task, blocks in found.items():
         charts += [_energy_chart(task, blocks), *_gradient_charts(task, blocks)]
     text = (
-        "Real hidden states are those that the fine-tune's own blocks see on the given rows. Where anchors lie as these "
-        "do, their directions hold more of them than a random subspace and than the start did, and the gradients of "
-        "both point alike."
+        "Real hidden states are those that the fine-tune's own blocks see on the given rows. Where anchors lie as they "
+        "do, the anchors' directions hold more of them than a random subspace and than the start did, and the "
+        "gradients of both point alike."
     )
     return Section("Anchors beside real hidden states", text, tuple(charts))
 

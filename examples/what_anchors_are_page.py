@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from what_anchors_are_runs import (
+    ALIGNED,
+    CENTRED,
+    FACTS,
+    Points,
+    Runs,
+    cells_of,
+    curves_of,
+    ends_of,
+    gap_and_gain,
+    read_runs,
+    variants_of,
+    verdict,
+)
 
 from hf_fda.analysis import Landscape, Projected
 from hf_fda.analysis.charts import Axes, Chart
@@ -16,15 +29,7 @@ from hf_fda.analysis.drawing import COLOURS, DASHES, MARKERS, legend, ordered_co
 from hf_fda.analysis.maps import landscape_chart
 
 PAGE, PICTURES = "what_anchors_are.md", "pictures"
-CENTRED = 0
-"""Which of a pair of figures is shown: 0 of the vectors as they are, 1 less their mean."""
 
-HOLDS, FAILS = 0.9, 0.1
-"""Shares of the cells (a seed, a task, a block) from which on, and up to which, a claim is said to hold or not."""
-
-Points = tuple[list[float], list[float]]
-Runs = Mapping[int, Mapping[str, Any]]
-"""What was measured, by seed."""
 
 TITLES = {
     "arena": "Real encoders (MiniLM-L6, English texts)",
@@ -52,9 +57,11 @@ def write_page(work: Path, output: Path) -> Path:
     (output / PICTURES).mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
     for setting, title in TITLES.items():
-        anchors, merges = (_runs(work, setting, part) for part in ("anchors", "merges"))
+        anchors, merges = (read_runs(work, setting, part) for part in ("anchors", "merges"))
         if anchors and merges:
-            parts.append(f"\n## {title}\n\nSeeds: {', '.join(map(str, anchors))}.\n")
+            seeds = ", ".join(map(str, anchors)), ", ".join(map(str, merges))
+            parts.append(f"\n## {title}\n\nSeeds of claims 1 and 2: {seeds[0]}; of merges: {seeds[1]}.\n")
+            parts.append(_summary(anchors, merges))
             parts += [_spectra(setting, anchors, output), _alignment(setting, anchors, output)]
             parts += [_walk(setting, merges, output), _starts(anchors, merges)]
     path = output / PAGE
@@ -62,34 +69,26 @@ def write_page(work: Path, output: Path) -> Path:
     return path
 
 
-def _runs(work: Path, setting: str, part: str) -> dict[int, dict[str, Any]]:
-    files = sorted(work.glob(f"{setting}-{part}-*.json"))
-    return {int(file.stem.rpartition("-")[2]): json.loads(file.read_text(encoding="utf-8")) for file in files}
+def _summary(anchors: Runs, merges: Runs) -> str:
+    """Which claims hold, in one table."""
 
+    def pooled(optimizer: str, name: str) -> str:
+        starts = (variant for variant in variants_of(anchors) if variant.startswith(optimizer))
+        pairs = [ends_of(own, name) for variant in starts for own, _ in cells_of(anchors, variant)]
+        return verdict([end > start for start, end in pairs])
 
-def _cells(runs: Runs, variant: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """What a variant's anchors were after each step, and the limits, cell by cell."""
-    for run in runs.values():
-        for task, blocks in run["variants"][variant].items():
-            for block, own in blocks.items():
-                yield own, run["limits"][task][block]
-
-
-def _figure(own: Mapping[str, Any], step: str, name: str) -> float:
-    value = own["steps"][step][name]
-    return float(value[CENTRED] if isinstance(value, list) else value)
-
-
-def _ends(own: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """A figure at the start and at the end."""
-    steps = list(own["steps"])
-    return _figure(own, steps[0], name), _figure(own, steps[-1], name)
-
-
-def _verdict(true: Sequence[bool]) -> str:
-    share = sum(true) / len(true)
-    word = "holds" if share >= HOLDS else "does not hold" if share <= FAILS else "holds in part"
-    return f"{word} ({sum(true)} of {len(true)} cells)"
+    both = "adamw", "muon"
+    walked = [true(run) for true in FACTS.values() for run in merges.values()]
+    gap, gain = gap_and_gain(merges)
+    rows = [
+        ["1. the spectrum grows a long tail", *(pooled(own, "exponent") for own in both)],
+        ["2. states lie in the anchors' main directions", *(pooled(own, ALIGNED[0]) for own in both)],
+        ["2. anchors lie in the states' main directions", *(pooled(own, ALIGNED[1]) for own in both)],
+        ["2. induced gradients point as those of states", *(pooled(own, ALIGNED[2]) for own in both)],
+        ["3. adapting walks to the joint optimum", "", f"{sum(walked)} of {len(walked)} statements below are true"],
+        ["4. the start does not matter to the merge", "", f"{gap:.1f} points apart, of {gain:.1f} gained"],
+    ]
+    return _table(["claim: more so at the end of construction", "adamw", "muon (the default)"], rows) + "\n"
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
@@ -100,17 +99,6 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def _curves(runs: Runs, name: str) -> dict[str, Points]:
-    """A figure over construction steps, by variant: the mean over all cells."""
-    found = {}
-    for variant in next(iter(runs.values()))["variants"]:
-        cells = [own for own, _ in _cells(runs, variant)]
-        steps = list(cells[0]["steps"])
-        means = [statistics.mean(_figure(own, step, name) for own in cells) for step in steps]
-        found[variant] = [float(step) for step in steps], means
-    return found
 
 
 def _panels(
@@ -136,7 +124,7 @@ def _panels(
             own.set_xscale("log" if axes.log_x else "linear")
             own.set_yscale("log" if axes.log_y else "linear")
         figure.suptitle(title, size=11)
-        legend(figure, places[0], 3)
+        legend(figure, places[0])
 
     found = [
         (label, line, x, y)
@@ -176,23 +164,29 @@ def _spectra(setting: str, runs: Runs, output: Path) -> str:
     ]
     step = "construction step"
     ways = {
-        "Effective rank": (Axes(step, "directions"), _curves(runs, "rank"), {}),
-        "Tail exponent": (Axes(step, "exponent a of rank^-a"), _curves(runs, "exponent"), {}),
+        "Effective rank": (Axes(step, "directions"), curves_of(runs, "rank"), {}),
+        "Tail exponent": (Axes(step, "exponent a of rank^-a"), curves_of(runs, "exponent"), {}),
     }
-    rows, said = [], []
+    rows = []
     for variant in first:
-        cells = [own for own, _ in _cells(runs, variant)]
-        ranks, tails = ([_ends(own, name) for own in cells] for name in ("rank", "exponent"))
-        longer = _verdict([end > start for start, end in tails])
-        said.append(f"{variant}: {longer}")
+        cells = [own for own, _ in cells_of(runs, variant)]
+        ranks, tails = ([ends_of(own, name) for own in cells] for name in ("rank", "exponent"))
+        longer = verdict([end > start for start, end in tails])
         columns = [[pair[place] for pair in pairs] for pairs in (ranks, tails) for place in (0, 1)]
         rows.append([variant, *(_spread(own, 1 if n < 2 else 2) for n, own in enumerate(columns)), longer])
-    head = ["construction", "effective rank, start", "end", "tail exponent, start", "end", "steeper at the end"]
+    head = [
+        "construction",
+        "effective rank, start",
+        "end",
+        "tail exponent, start",
+        "end",
+        "that it is steeper at the end",
+    ]
     return "\n".join(
         [
             "### 1. Anchors evolve to a long-tailed spectrum\n",
             "A longer tail is a larger exponent of the power law through the singular values (ranks 2 to half the "
-            "rank), and a smaller effective rank. " + "; ".join(said) + ".\n",
+            "rank); a flat spectrum has the exponent zero and the largest effective rank.\n",
             _table(head, rows) + "\n",
             *(_shown(picture, output) for picture in pictures),
             _shown(_panels(f"{setting}-ranks", "Spectra over construction, mean of all cells", ways), output),
@@ -203,39 +197,37 @@ def _spectra(setting: str, runs: Runs, output: Path) -> str:
 def _alignment(setting: str, runs: Runs, output: Path) -> str:
     """Claim 2."""
     step = "construction step"
-    variants = list(next(iter(runs.values()))["variants"])
-    limits = [limit for variant in variants for _, limit in _cells(runs, variant)]
+    variants = variants_of(runs)
+    limits = [limit for variant in variants for _, limit in cells_of(runs, variant)]
     levels = {
         "random subspace": limits[0]["random"],
         "most that k directions hold": statistics.mean(one["most"][CENTRED] for one in limits),
     }
-    names = "states on anchors", "anchors on states"
     panels: dict[str, Any] = {
-        "States on anchors": (Axes(step, "share of squared norm"), _curves(runs, names[0]), levels),
+        "States on anchors": (Axes(step, "share of squared norm"), curves_of(runs, ALIGNED[0]), levels),
         "Anchors on states": (
             Axes(step, "share of squared norm"),
-            _curves(runs, names[1]),
+            curves_of(runs, ALIGNED[1]),
             {"random subspace": limits[0]["random"]},
         ),
-        "Induced gradients": (Axes(step, "mean cosine by parameter"), _curves(runs, "gradients"), {}),
+        "Induced gradients": (Axes(step, "mean cosine by parameter"), curves_of(runs, ALIGNED[2]), {}),
     }
-    rows, said = [], []
+    rows, verdicts = [], []
     for variant in variants:
-        cells = [own for own, _ in _cells(runs, variant)]
-        figures = [[_ends(own, name) for own in cells] for name in (*names, "gradients")]
-        nearer, pulled = (_verdict([end > start for start, end in figures[n]]) for n in (0, 2))
-        said.append(f"{variant}: {nearer}; of gradients it {pulled}")
+        figures = [[ends_of(own, name) for own, _ in cells_of(runs, variant)] for name in ALIGNED]
+        verdicts.append([variant, *(verdict([end > start for start, end in own]) for own in figures)])
         rows.append([variant, *(_spread([pair[place] for pair in own]) for own in figures for place in (0, 1))])
-    head = ["construction", *(f"{name}, {when}" for name in (*names, "gradients") for when in ("start", "end"))]
+    head = ["construction", *(f"{name}, {when}" for name in ALIGNED for when in ("start", "end"))]
     chart = _panels(f"{setting}-alignment", "Alignment with real states, mean of all cells", panels, columns=3)
     k, d = limits[0]["k"], limits[0]["d"]
     return "\n".join(
         [
             "### 2. They align step by step with the main directions of real data\n",
             f"Share of the states' squared norm in the anchors' top {k} of {d} directions (a random subspace holds "
-            f"{limits[0]['random']:.3f}), the reverse, and the cosine between the gradients that both induce. That "
-            "states lie more in the anchors' directions at the end than at the start: " + "; ".join(said) + ".\n",
+            f"{limits[0]['random']:.3f}), the reverse, and the cosine between the gradients that both induce.\n",
             _table(head, rows) + "\n",
+            "Whether each is larger at the end than at the start:\n",
+            _table(["construction", *ALIGNED], verdicts) + "\n",
             _shown(chart, output),
         ]
     )
@@ -254,23 +246,7 @@ def _walk(setting: str, runs: Runs, output: Path) -> str:
     title = "Mean cross entropy on training rows, first seed"
     chart = landscape_chart(f"{setting}-landscape", title, "", seen, "cross entropy (nats)")
     rows = []
-    facts: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-        "adapting from the base lowers the loss at every look": lambda run: _falls(run["walked"]["from the base"]),
-        "adapting from task arithmetic lowers it at every look": lambda run: _falls(
-            [run["line"]["0.3"], *run["walked"]["from task arithmetic"]]
-        ),
-        "adapting from the base comes nearer to the plane's lowest point": _nearer,
-        "adapting from the base ends below task arithmetic at its best scaling": lambda run: (
-            run["walked"]["from the base"][-1] < min(run["line"].values())
-        ),
-        "adapting from task arithmetic ends below it": lambda run: (
-            run["walked"]["from task arithmetic"][-1] < min(run["line"].values())
-        ),
-        "task arithmetic drifts away: its loss rises again before scaling 1": lambda run: (
-            run["line"]["1.0"] > min(run["line"].values())
-        ),
-    }
-    for label, true in facts.items():
+    for label, true in FACTS.items():
         found = [true(run) for run in runs.values()]
         rows.append(
             [label, "yes" if all(found) else "no" if not any(found) else "in part", f"{sum(found)}/{len(found)}"]
@@ -298,24 +274,13 @@ def _walk(setting: str, runs: Runs, output: Path) -> str:
     )
 
 
-def _falls(losses: Sequence[float]) -> bool:
-    return all(after < before for before, after in itertools.pairwise(losses))
-
-
-def _nearer(run: Mapping[str, Any]) -> bool:
-    x, y, _ = run["lowest"]
-    path = run["paths"]["adapting from the base"]
-    away = [math.dist((own["x"], own["y"]), (x, y)) for own in path]
-    return away[-1] < away[0]
-
-
 def _starts(anchors: Runs, merges: Runs) -> str:
     """Claim 4."""
     rows = []
     for optimizer in ("adamw", "muon"):
         for name in ("rank", "exponent", "states on anchors", "gradients"):
             cells = {
-                start: [_ends(own, name) for own, _ in _cells(anchors, f"{optimizer} from {start}")]
+                start: [ends_of(own, name) for own, _ in cells_of(anchors, f"{optimizer} from {start}")]
                 for start in ("weights", "gaussian")
             }
             digits = 1 if name == "rank" else 2
@@ -329,7 +294,7 @@ def _starts(anchors: Runs, merges: Runs) -> str:
             ends = [_spread([end for _, end in own], digits) for own in cells.values()]
             rows.append([f"{optimizer}, {name}", *ends, *(f"{one:.{digits}f}" for one in apart)])
         losses = [
-            [own["loss"] for own, _ in _cells(anchors, f"{optimizer} from {start}")]
+            [own["loss"] for own, _ in cells_of(anchors, f"{optimizer} from {start}")]
             for start in ("weights", "gaussian")
         ]
         apart = abs(statistics.mean(losses[0]) - statistics.mean(losses[1]))
@@ -337,12 +302,11 @@ def _starts(anchors: Runs, merges: Runs) -> str:
     accuracies = {
         name: [100 * run["accuracy"][name] for run in merges.values()] for name in ("base", "weights", "gaussian")
     }
-    apart = max(abs(a - b) for a, b in zip(accuracies["weights"], accuracies["gaussian"], strict=True))
-    gain = statistics.mean(accuracies["weights"]) - statistics.mean(accuracies["base"])
+    gap, gain = gap_and_gain(merges)
     return "\n".join(
         [
             "### 4. It hardly depends on where anchors start\n",
-            f"Merges adapted from the base with anchors that started from weights and from noise: {apart:.1f} points "
+            f"Merges adapted from the base with anchors that started from weights and from noise: {gap:.1f} points "
             f"of average test accuracy apart at most, of {gain:.1f} that anchors from weights gain over the base. The "
             "gap between both starts in what anchors are, before and after construction:\n",
             _table(["", "end, from weights", "end, from gaussian", "gap at the start", "gap at the end"], rows) + "\n",

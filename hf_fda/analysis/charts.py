@@ -19,6 +19,7 @@ from hf_fda.analysis.drawing import (
     SIGNED,
     Picture,
     legend,
+    legend_height,
     ordered_colours,
     save,
 )
@@ -107,11 +108,11 @@ def lines(
         if _many(order, series):
             _order_bar(figure, own, order, list(series))
         if len(series) + len(dashed) > 1:
-            legend(figure, own, 3)
+            legend(figure, own)
 
     found = [(label, x, y) for label, points in {**series, **dashed}.items() for x, y in zip(*points, strict=True)]
-    extra = 0.22 * math.ceil((len(dashed) + (0 if _many(order, series) else len(series))) / 3)
-    return Chart(name, title, caption, ("line", axes.x, axes.y), tuple(found), paint, (WIDTH, HEIGHT + extra))
+    height = HEIGHT + legend_height([*([] if _many(order, series) else series), *dashed], WIDTH)
+    return Chart(name, title, caption, ("line", axes.x, axes.y), tuple(found), paint, (WIDTH, height))
 
 
 def _many(order: str, series: Mapping[str, Points]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +30,9 @@ SIGNED = "RdBu_r"
 
 SHARES = "Blues"
 """Colours of numbers from zero on."""
+
+LETTERS, MARK = 15, 7
+"""Letters of a legend in an inch, and those that the mark before each label takes the room of."""
 
 STYLE: Any = {
     "font.size": 9.5,
@@ -102,8 +106,25 @@ def ordered_colours(count: int) -> list[Any]:
     return [scale(PALEST * number / max(count - 1, 1)) for number in range(count)]
 
 
-def legend(figure: Figure, axes: Any, columns: int) -> None:
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of a legend fit beside each other.
+
+    Args:
+        labels: its words.
+        width: of the figure, in inches.
+    """
+    longest = max(map(len, labels), default=0)
+    return max(1, min(3, len(labels), int(LETTERS * width) // (longest + MARK)))
+
+
+def legend_height(labels: Sequence[str], width: float) -> float:
+    """Inches that a legend takes below a chart, arguments as `legend_columns`."""
+    return 0.22 * math.ceil(len(labels) / legend_columns(labels, width))
+
+
+def legend(figure: Figure, axes: Any) -> None:
     """A legend below the axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+        columns = legend_columns(labels, figure.get_figwidth())
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)

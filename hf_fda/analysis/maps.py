@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_fda.analysis.charts import Chart
-from hf_fda.analysis.drawing import COLOURS, MARKERS, legend
+from hf_fda.analysis.charts import WIDTH, Chart
+from hf_fda.analysis.drawing import COLOURS, MARKERS, legend, legend_height
 from hf_fda.analysis.landscapes import Landscape
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ def landscape_chart(name: str, title: str, caption: str, seen: Landscape, unit: 
         _models(axes, seen)
         axes.set(xlabel=X_LABEL, ylabel=Y_LABEL, title=title)
         _bar(figure, axes, surface, f"mean {unit}")
-        legend(figure, axes, 3)
+        legend(figure, axes)
 
-    extra = 0.22 * math.ceil((len(seen.points) + len(seen.paths) + 1) / 3)
-    return Chart(name, title, caption, COLUMNS, _rows(seen), paint, (5.4, 4.2 + extra))
+    size = WIDTH, 4.2 + legend_height([*seen.points, *seen.paths], WIDTH)
+    return Chart(name, title, caption, COLUMNS, _rows(seen), paint, size)
 
 
 COLUMNS = ("what", "x", "y", "distance from the plane", "loss")
@@ -73,9 +73,9 @@ def tasks_chart(name: str, title: str, caption: str, seen: Landscape, unit: str)
         for axes in panels[count:]:
             axes.set_visible(False)
         figure.suptitle(title, size=10.5)
-        legend(figure, panels[0], 3)
+        legend(figure, panels[0])
 
-    extra = 0.22 * math.ceil((len(seen.points) + len(seen.paths)) / 3)
+    extra = legend_height([*seen.points, *seen.paths], 6.0)
     found = [
         (task, x, y, 0.0, grid[row][column])
         for task, grid in seen.losses.items()

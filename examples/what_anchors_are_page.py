@@ -300,16 +300,14 @@ def _starts(anchors: Runs, merges: Runs) -> str:
         name: [100 * run["accuracy"][name] for run in merges.values()] for name in ("base", "weights", "gaussian")
     }
     gap, gain = gap_and_gain(merges)
+    head = ["", "end, from weights", "end, from gaussian", "gap at the start", "gap at the end"]
     return "\n".join(
         [
             "### 4. It hardly depends on where anchors start\n",
             f"Merges adapted from the base with anchors that started from weights and from noise: {gap:.1f} points "
             f"of average test accuracy apart at most, of {gain:.1f} that anchors from weights gain over the base. The "
             "gap between both starts in what anchors are, before and after construction:\n",
-            _table(
-                ["", "end, from weights", "end, from gaussian", "gap at the start", "gap at the end"], _gaps(anchors)
-            )
-            + "\n",
+            _table(head, _gaps(anchors)) + "\n",
             _table(
                 ["average test accuracy (%), own heads", "base", "from weights", "from gaussian"],
                 [["", *(_spread(own, 1) for own in accuracies.values())]],

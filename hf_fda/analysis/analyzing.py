@@ -84,7 +84,7 @@ def analyze(
     work starts it is said, as a log line, how much memory and time it will take.
 
     Args:
-        folder: a merged folder or Hub id; an anchors folder or dataset, or several of one base.
+        folder: a merged folder or Hub id; an anchors folder or dataset ("datasets/org/name"), or several of one base.
         data: rows by task name, as `hf_fda.evaluate` takes them. Where a mapping names the column of what is right,
             {"path": ..., "label": ...}, the loss is cross entropy (squared error of regressions), else the divergence
             from what the task's own fine-tune answers.

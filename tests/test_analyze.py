@@ -246,6 +246,15 @@ def test_anchors_of_several_sources(library: Library, tmp_path: Path) -> None:
     assert not any("interference" in name for name in alone.charts)
 
 
+def test_anchors_that_are_not_finite_are_named(library: Library, tmp_path: Path) -> None:
+    base, (source, _) = library("bert")
+    made = hf_fda.FunctionalDualAnchors.construct(base, source, num_anchors=2, steps=1, **QUIET)
+    made[made.blocks[1]].anchors[0] = float("nan")
+    made.save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match=r"anchors of 'one', block 'bert.encoder.layer.1': .* not all finite"):
+        hf_fda.analyze(tmp_path / "a", **QUIET)
+
+
 def test_the_same_input_gives_the_same_pictures(library: Library, tmp_path: Path) -> None:
     base, (source, _) = library("bert")
     hf_fda.FunctionalDualAnchors.construct(base, source, output=tmp_path / "a", num_anchors=4, steps=1, **QUIET)

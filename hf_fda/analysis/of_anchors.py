@@ -74,7 +74,7 @@ class AnchorsAnalysis:
         """What `run` will take: the first block's spectrum is computed once."""
         names = list(self.anchors)
         first = self.anchors[names[0]][self.blocks[0]].anchors
-        each = seconds_of(lambda: spectrum(first))
+        each = seconds_of(lambda: _spectrum(names[0], self.blocks[0], first))
         kept = sum(len(self.anchors[name].snapshots(self.blocks[0])) for name in names)
         compared = COMPARED * len(names) ** 2 if len(names) > 1 else 0
         memory = (COPIES * 8 + 4 * len(names)) * first.numel()
@@ -99,9 +99,9 @@ class AnchorsAnalysis:
         for name, own in self.anchors.items():
             unit = own[block]
             held[name] = unit.anchors
-            seen.spectra.setdefault(name, {})[block] = spectrum(unit.anchors)
+            seen.spectra.setdefault(name, {})[block] = _spectrum(name, block, unit.anchors)
             seen.losses.setdefault(name, {})[block] = unit.loss
-            kept = {step: spectrum(anchors) for step, anchors in own.snapshots(block).items()}
+            kept = {step: _spectrum(name, block, anchors) for step, anchors in own.snapshots(block).items()}
             if kept:
                 seen.steps.setdefault(name, {})[block] = kept
             if self.builder is not None and unit.moves and len(self.anchors) > 1:
@@ -134,6 +134,14 @@ def _builder(anchors: FunctionalDualAnchors, base: Checkpoint, device: torch.dev
     if not known >= set(anchors.blocks) or (stated is not None and stated != likeness(base, names)):
         raise InputError(f"base: {base.id} is not what the anchors were constructed from ('{anchors.info.base['id']}')")
     return builder
+
+
+def _spectrum(name: str, block: str, anchors: Tensor) -> Spectrum:
+    """As `spectrum`, with whose anchors they are in what is refused."""
+    try:
+        return spectrum(anchors)
+    except InputError as error:
+        raise InputError(f"anchors of '{name}', block '{block}': {error}") from None
 
 
 def _overlaps(anchors: list[Tensor]) -> Tensor:

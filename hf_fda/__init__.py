@@ -13,6 +13,7 @@ from hf_fda.version import __version__
 if TYPE_CHECKING:
     from hf_fda.advising.advice import Advice
     from hf_fda.advising.advising import advise
+    from hf_fda.analysis.analyzing import Analysis, analyze
     from hf_fda.anchors import FunctionalDualAnchors
     from hf_fda.configured import merge_config, plan_config
     from hf_fda.errors import HFFDAError, InputError, RunError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Advice": "hf_fda.advising.advice",
+    "Analysis": "hf_fda.analysis.analyzing",
     "FDAConfig": "hf_fda.merge_methods",
     "FunctionalDualAnchors": "hf_fda.anchors",
     "HFFDAError": "hf_fda.errors",
@@ -38,6 +40,7 @@ _PLACES = {
     "RunError": "hf_fda.errors",
     "Scores": "hf_fda.evaluation.scores",
     "advise": "hf_fda.advising.advising",
+    "analyze": "hf_fda.analysis.analyzing",
     "evaluate": "hf_fda.evaluation.evaluating",
     "extract": "hf_fda.merging",
     "load": "hf_fda.merged",
@@ -52,6 +55,7 @@ _PLACES = {
 
 __all__ = [
     "Advice",
+    "Analysis",
     "FDAConfig",
     "FunctionalDualAnchors",
     "HFFDAError",
@@ -63,6 +67,7 @@ __all__ = [
     "Scores",
     "__version__",
     "advise",
+    "analyze",
     "evaluate",
     "extract",
     "load",

@@ -127,7 +127,7 @@ def advice_arguments(arguments: argparse.Namespace, loose: list[tuple[str, str]]
 def scored_data(
     tasks: Sequence[str], columns: Sequence[str], labels: Sequence[str], flag: str = "--task"
 ) -> dict[str, dict[str, Any]]:
-    """What `evaluate` gets for data.
+    """What `evaluate`, `advise` and `analyze` get for data.
 
     >>> scored_data(["sst2=nyu-mll/glue:sst2:validation"], [], ["sst2=label"])
     {'sst2': {'path': 'nyu-mll/glue:sst2', 'split': 'validation', 'label': 'label'}}

@@ -170,6 +170,7 @@ def _anchors(arguments: argparse.Namespace, loose: list[tuple[str, str]]) -> Non
         dtype=arguments.dtype or "float32",
         include_rest=arguments.with_rest,
         include_head=arguments.with_head,
+        snapshots=arguments.snapshot or (),
         quiet=arguments.quiet,
         **method_options(loose),
     )
@@ -220,6 +221,26 @@ def _evaluate(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
     print(scores)
 
 
+def _analyze(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
+    with _loading():
+        from hf_fda.analysis.analyzing import analyze
+
+    settings = ("rows", "grid", "batch_size", "max_length", "device", "seed")
+    said = {name: getattr(arguments, name) for name in settings if getattr(arguments, name) is not None}
+    found = analyze(
+        arguments.folder,
+        scored_data(arguments.data or (), arguments.columns or (), arguments.label or (), flag="--data"),
+        output=arguments.output,
+        base=arguments.base,
+        through=arguments.through or (),
+        trust_remote_code=arguments.trust_remote_code,
+        quiet=arguments.quiet,
+        **said,
+    )
+    if not arguments.quiet:
+        print(found)
+
+
 def _card(arguments: argparse.Namespace, _: list[tuple[str, str]]) -> None:
     from hf_fda.card_record import remake_card
 
@@ -253,6 +274,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[tuple[str, str]]], None]]
     "anchors": _anchors,
     "extract": _extract,
     "evaluate": _evaluate,
+    "analyze": _analyze,
     "card": _card,
     "methods": _methods,
     "demo": _demo,

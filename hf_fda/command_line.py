@@ -95,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", help="type to store anchors in: float32 (default), bfloat16, float16")
     command.add_argument("--with-rest", action="store_true", help="add what it changed outside the blocks")
     command.add_argument("--with-head", action="store_true", help="add its task head")
+    command.add_argument(
+        "--snapshot", action="append", type=int, metavar="STEPS", help="keep the anchors after so many steps; repeat"
+    )
     _common(command)
 
     command = _command(commands, "extract", "make a PEFT adapter of a full fine-tune")
@@ -128,6 +131,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--base", help="of a merged adapter, where its base is now")
     _common(command)
 
+    _analyze_flags(_command(commands, "analyze", "look at anchors or at a merge, and draw what is seen"))
+
     command = _command(commands, "card", "make the card of a merged folder anew, from what is recorded there")
     command.add_argument("folder", metavar="DIR")
 
@@ -147,6 +152,25 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--commit-message", help="of the commit")
     command.add_argument("--create-pr", action="store_true", help="open a pull request")
     return parser
+
+
+def _analyze_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", nargs="+", help="a merged folder, or folders of anchors")
+    command.add_argument(
+        "--data", action="append", metavar="TASK=ROWS[:SPLIT]", help="rows of a task: a file or dataset; repeat"
+    )
+    command.add_argument("--columns", action="append", metavar="TASK=A[,B]", help="what the model reads")
+    command.add_argument(
+        "--label", action="append", metavar="TASK=COLUMN", help="what is right (default: compare with the fine-tune)"
+    )
+    command.add_argument("--output", help="the folder to write (default DIR/analysis)")
+    command.add_argument("--base", help="of anchors, what they were constructed from; of a merge, where its base is")
+    command.add_argument("--through", action="append", metavar="DIR", help="another merge on the path; repeat")
+    command.add_argument("--rows", type=int, metavar="N", help="at most so many of each task (default 128)")
+    command.add_argument("--grid", type=int, metavar="N", help="points on each axis of the landscape (default 9)")
+    command.add_argument("--batch-size", type=int, metavar="N", help="rows at a time (default 16)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a text, at most (default 512)")
+    _common(command)
 
 
 def _command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:

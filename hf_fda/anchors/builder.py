@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 
 import torch
@@ -28,13 +28,20 @@ class AnchorBuilder:
         config: options, with those of the model's family filled in.
         device: where to work.
         seed: of the anchors' start; each unit draws from its own stream, so units do not depend on each other.
+        snapshots: numbers of steps after which anchors are kept as they are then.
     """
 
     def __init__(
-        self, base: Checkpoint, units: Iterable[Unit], config: FDAConfig, device: torch.device, seed: int
+        self,
+        base: Checkpoint,
+        units: Iterable[Unit],
+        config: FDAConfig,
+        device: torch.device,
+        seed: int,
+        snapshots: Collection[int] = (),
     ) -> None:
         self.base, self.units, self.config = base, tuple(units), config
-        self.device, self.seed = device, seed
+        self.device, self.seed, self.snapshots = device, seed, tuple(sorted(snapshots))
 
     @cached_property
     def capture(self) -> Capture:
@@ -57,25 +64,37 @@ class AnchorBuilder:
             RunError: naming unit and source, when the loss becomes infinite or not a number.
         """
         config, call = self.config, self.capture.calls[unit.name]
-        n, tokens, size = config.num_anchors, call.tokens, call.size
-        assert n is not None and tokens is not None and size is not None
         base, tuned = self.load(self.base.read, unit), self.load(source.read, unit)
-        generator = random_stream(self.seed, "anchors", unit.name)
-        weights = linear_weights(self.base.layout, unit, tuned)
-        start = initial_anchors(config.initialization, weights, n, tokens, size, generator)
-        offset = self._positions(source, tokens, size) if config.position_embeddings else None
+        start, offset = self._start(source, unit, tuned)
         try:
             return construct_unit(
                 base,
                 tuned,
                 call,
-                start.to(self.device),
+                start,
                 offset,
                 **config.descent(),
+                snapshots=self.snapshots,
                 report=report,
             )
         except RunError as error:
             raise RunError(f"block '{unit.name}', source '{source.name}': {error}") from None
+
+    def start(self, source: AlignedSource, unit: Unit) -> Tensor:
+        """Where the anchors of one unit start for one source, (n, T, d) on the CPU, position embeddings with them."""
+        start, offset = self._start(source, unit, self.load(source.read, unit))
+        return (start if offset is None else start + offset).cpu()
+
+    def _start(self, source: AlignedSource, unit: Unit, tuned: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Starting anchors and what is added to them, on the device."""
+        config, call = self.config, self.capture.calls[unit.name]
+        n, tokens, size = config.num_anchors, call.tokens, call.size
+        assert n is not None and tokens is not None and size is not None
+        generator = random_stream(self.seed, "anchors", unit.name)
+        weights = linear_weights(self.base.layout, unit, tuned)
+        start = initial_anchors(config.initialization, weights, n, tokens, size, generator)
+        offset = self._positions(source, tokens, size) if config.position_embeddings else None
+        return start.to(self.device), offset
 
     def _positions(self, source: AlignedSource, tokens: int, size: int) -> Tensor | None:
         """The source's position embeddings of the first tokens, (T, d), where the model has such a table."""

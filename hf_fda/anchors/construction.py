@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +48,8 @@ class UnitAnchors:
     `anchors` are (n, T, d) and `targets` (n, T, d'), float32: the source unit's outputs on them. `loss` is the mean
     over parameter tensors of one minus the cosine between induced gradient and task vector; `cosines` are those
     cosines by parameter; `left_out` names the parameters without a gradient or without a task vector. `rounding` is
-    what it does to a merge that both were stored in a narrower type, None where they were not.
+    what it does to a merge that both were stored in a narrower type, None where they were not. `snapshots` are anchors
+    (n, T, d) on their way, by the steps done, where that was asked for.
     """
 
     anchors: Tensor
@@ -58,6 +59,7 @@ class UnitAnchors:
     cosines: dict[str, float]
     left_out: tuple[str, ...] = ()
     rounding: Rounding | None = None
+    snapshots: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def moves(self) -> bool:
@@ -78,6 +80,7 @@ def construct_unit(
     patience: int | None,
     optimizer: Optimizer = "adamw",
     precision: Precision | None = None,
+    snapshots: Collection[int] = (),
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> UnitAnchors:
     """Optimise the anchors of one unit for one source.
@@ -99,6 +102,8 @@ def construct_unit(
         optimizer: "adamw" at a constant step size as published, or "muon", which needs a fraction of the steps.
         precision: of float32 matrix products while X moves, as `torch.set_float32_matmul_precision` names it; None
             leaves what is set. The cosines, loss and targets returned are computed in what was set before.
+        snapshots: numbers of steps after which X is kept as it is then (0: as it starts), wherever the loss is; those
+            that construction does not come to have none.
         report: called with (step, loss) now and then.
 
     Raises:
@@ -108,12 +113,18 @@ def construct_unit(
     tasks = task_vectors(base, source)
     matcher = make_matcher(base, source, tasks, call, start + shift, kind)
     used, best_x, done = matcher.tasks, start, 0
+    kept = {0: (start + shift).cpu()} if 0 in snapshots else {}
+
+    def watch(step: int, now: Tensor) -> None:
+        if step in snapshots:
+            kept[step] = (now.detach() + shift).cpu()
+
     if used and steps:
         window = patience if optimizer == "adamw" else None
         x = start.clone().requires_grad_(True)
         stepper = make_stepper(optimizer, x, learning_rate, steps)
         with matmul_precision(precision):
-            best_x, done = _descend(matcher, x, shift, stepper, steps, window, report)
+            best_x, done = _descend(matcher, x, shift, stepper, steps, window, report, watch)
     anchors = (best_x + shift).detach()
     cosines = gradient_cosines(base, source, call, anchors, used, kind).tolist() if used else []
     with torch.no_grad():
@@ -125,6 +136,7 @@ def construct_unit(
         steps=done,
         cosines=dict(zip(used, cosines, strict=True)),
         left_out=tuple(name for name in tasks if name not in used),
+        snapshots=kept,
     )
 
 
@@ -136,8 +148,9 @@ def _descend(
     steps: int,
     patience: int | None,
     report: Callable[[int, float], None],
+    watch: Callable[[int, Tensor], None],
 ) -> tuple[Tensor, int]:
-    """The X of the lowest loss seen, and the number of steps."""
+    """The X of the lowest loss seen, and the number of steps; `watch` sees X after every step."""
     best_x, best = x.detach().clone(), torch.full((), math.inf, device=x.device)
     history: list[float] = []
     for done in range(1, steps + 1):
@@ -155,6 +168,7 @@ def _descend(
             if patience is not None and stalled(history, patience // CHECK_EVERY):
                 return best_x, done
         stepper.step()
+        watch(done, x)
     return best_x, steps
 
 

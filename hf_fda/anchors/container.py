@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -20,6 +20,7 @@ from hf_fda.anchors.making import Making, Wanted
 from hf_fda.anchors.manifest import MANIFEST, AnchorsInfo, read_manifest
 from hf_fda.anchors.narrowing import Narrowing
 from hf_fda.anchors.showing import as_html, as_text
+from hf_fda.anchors.snapshots import read_snapshots, snapshot_file, write_snapshots
 from hf_fda.checkpoint.hashed import digest
 from hf_fda.checkpoint.location import Location
 from hf_fda.checkpoint.untrusted import check_link
@@ -160,6 +161,13 @@ class FunctionalDualAnchors:
             hashed.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()
 
+    def snapshots(self, block: str) -> dict[int, torch.Tensor]:
+        """One block's anchors (n, T, d) on their way, by the steps done; empty where none were kept, as on the Hub."""
+        if self._units is not None:
+            return dict(self[block].snapshots)
+        path = None if self.folder is None else self.folder / snapshot_file(block)
+        return read_snapshots(path) if path is not None and path.is_file() else {}
+
     def file(self, block: str) -> Path:
         """The local file of one block; one on the Hub is downloaded into the cache first."""
         return self._path(unit_file(block))
@@ -185,6 +193,7 @@ class FunctionalDualAnchors:
         dtype: str = "float32",
         include_rest: bool = False,
         include_head: bool = False,
+        snapshots: Sequence[int] = (),
         quiet: bool = False,
         **options: Any,
     ) -> FunctionalDualAnchors:
@@ -206,6 +215,8 @@ class FunctionalDualAnchors:
             include_rest: put the source's tensors outside the blocks that differ from the base's (embeddings, norms)
                 beside the anchors, as they are. A merge of the anchors alone then has them, too.
             include_head: put the source's task head beside them, so that a merge of the anchors alone serves the task.
+            snapshots: numbers of steps after which anchors are kept as they are then, to look at how they came about
+                (`snapshots`, `hf_fda.analyze`); a merge has no use for them.
             quiet: show no progress.
             options: fields of `FDAConfig`; those of adaptation only matter where a half type's effect is measured.
 
@@ -214,7 +225,7 @@ class FunctionalDualAnchors:
                 to give one.
             RunError: when a loss becomes infinite or not a number.
         """
-        wanted = Wanted(dtype, include_rest, include_head)
+        wanted = Wanted(dtype, include_rest, include_head, tuple(snapshots))
         with together(device) as team:
             making = team.agree(
                 lambda: Making.prepare(base, source, device, seed, trust_remote_code, output, wanted, options)
@@ -274,6 +285,9 @@ class FunctionalDualAnchors:
             InputError: when the type cannot be used, or there is no base to measure with.
         """
         self._write(Path(folder), Narrowing.of(self.info, dtype, base, device))
+        for block in self:
+            if kept := self.snapshots(block):
+                write_snapshots(Path(folder) / snapshot_file(block), kept)
 
     def _write(self, target: Path, narrowing: Narrowing, where: str = "PATH_OR_DATASET_ID") -> None:
         """Write the folder; its card says that `where` opens the anchors."""

@@ -18,6 +18,7 @@ from hf_fda.anchors.builder import AnchorBuilder
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.manifest import MANIFEST, AnchorsInfo, manifest
 from hf_fda.anchors.rounding import Rounding, stored
+from hf_fda.anchors.snapshots import snapshot_file, write_snapshots
 from hf_fda.blocks import Unit
 from hf_fda.cards import anchors_card
 from hf_fda.checkpoint.alignment import AlignedSource
@@ -227,7 +228,8 @@ class Construction:
         config = self.builder.config
         options = config.construction()
         narrow = () if self.dtype == "float32" else (self.dtype, config.options())
-        return key_of("anchors", unit.name, options, self.fingerprints, self.builder.seed, versions(), *narrow)
+        kept = (self.builder.snapshots,) if self.builder.snapshots else ()
+        return key_of("anchors", unit.name, options, self.fingerprints, self.builder.seed, versions(), *narrow, *kept)
 
     def piece(self, unit: Unit, cost: float, progress: Progress) -> Piece:
         """The work of making one unit's anchors.
@@ -244,6 +246,8 @@ class Construction:
             anchors = stored(self.builder, unit, built, self.dtype)
             if anchors.left_out:
                 logger.debug("%s: no gradient or no task vector for %s", what, ", ".join(anchors.left_out))
+            if built.snapshots:  # first, so that a finished block has them
+                write_snapshots(self.folder / snapshot_file(unit.name), built.snapshots)
             return lambda path: write_unit(path, anchors, self.dtype)
 
         return Piece(what, f"{self.prefix}{unit_file(unit.name)}", self.key(unit), cost, make)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from hf_fda.anchors.outputs import Matcher
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError, few
 from hf_fda.merge_methods.fda import Distance
+
+Call = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a unit's module on x (n, T, d), as a `UnitCall` does."""
 
 NO_GRADIENT = 1e-9
 """A parameter whose gradient, in float64, is smaller than this fraction of the largest has none."""
@@ -51,17 +54,30 @@ def gradient_cosines(
 def induced_gradients(
     base: nn.Module,
     source: nn.Module,
-    call: UnitCall,
+    call: Call,
     x: Tensor,
     names: list[str],
     kind: Distance,
     create_graph: bool = False,
 ) -> list[Tensor]:
     """``grad_p S(phi(theta_0; X), phi(theta_i; X))`` for the named parameters, S minus the distance."""
+    return gradients_towards(base, call, x, call(source, x), names, kind, create_graph)
+
+
+def gradients_towards(
+    base: nn.Module,
+    call: Call,
+    x: Tensor,
+    target: Tensor,
+    names: list[str],
+    kind: Distance,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """As `induced_gradients`, from the source's outputs (n, T, d') in place of the source."""
     parameters = dict(base.named_parameters())
     chosen = [parameters[name].requires_grad_(True) for name in names]
     try:
-        similarity = -distance(kind, call(base, x), call(source, x))
+        similarity = -distance(kind, call(base, x), target)
         return list(torch.autograd.grad(similarity, chosen, create_graph=create_graph, materialize_grads=True))
     finally:
         base.requires_grad_(False)

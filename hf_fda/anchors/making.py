@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.files import Construction
 from hf_fda.anchors.manifest import MANIFEST, AnchorsInfo, check_dtype, manifest, read_manifest
 from hf_fda.anchors.rounding import rounding_of, stored
+from hf_fda.anchors.snapshots import check_snapshots
 from hf_fda.blocks import Unit, family_of, find_units
 from hf_fda.checkpoint.alignment import AlignedSource, align, check_shapes
 from hf_fda.checkpoint.interface import Checkpoint
@@ -45,6 +46,7 @@ class Wanted:
     dtype: str = "float32"
     rest: bool = False
     head: bool = False
+    snapshots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ class Making:
         config = resolve_method("fda", options)
         assert isinstance(config, FDAConfig)
         check_dtype(wanted.dtype)
+        check_snapshots(wanted.snapshots)
         theta = open_checkpoint(base, trust_remote_code=trust_remote_code, label="base")
         tuned = align(theta, open_source(theta, source, trust_remote_code), "source")
-        builder = builder_of(theta, config, device, seed)
+        builder = builder_of(theta, config, device, seed, wanted.snapshots)
         check_shapes(theta, tuned, [name for unit in builder.units for name in unit.tensors])
         check_beside(theta, tuned, wanted.rest, wanted.head)
         return cls(theta, tuned, builder, None if output is None else new_folder(output), wanted)
@@ -139,7 +142,9 @@ class Making:
         }
 
 
-def builder_of(base: Checkpoint, config: FDAConfig, device: str | torch.device, seed: int) -> AnchorBuilder:
+def builder_of(
+    base: Checkpoint, config: FDAConfig, device: str | torch.device, seed: int, snapshots: Collection[int] = ()
+) -> AnchorBuilder:
     """What makes anchors for a base, and adapts its units to such anchors alone.
 
     Args:
@@ -147,9 +152,10 @@ def builder_of(base: Checkpoint, config: FDAConfig, device: str | torch.device, 
         config: the options, of which those that are open follow the kind of model.
         device: "auto" or a torch device.
         seed: of the anchors' start.
+        snapshots: numbers of steps after which anchors are kept as they are then.
     """
     alone = replace(config, initial="base", rest="base", parametrization="parameters")
     size = getattr(base.config, "hidden_size", None) or base.config.get_text_config().hidden_size
     complete = alone.for_family(family_of(base.layout), int(size))
     units = find_units(base.layout, complete.unit or ("block",))
-    return AnchorBuilder(base, units, complete, resolve_device(device), seed)
+    return AnchorBuilder(base, units, complete, resolve_device(device), seed, snapshots)

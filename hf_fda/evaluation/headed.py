@@ -37,8 +37,10 @@ class WithHead(View):
         self.layout = ModelLayout(config, model_class_of(config, where, trust_remote_code, location.commit))
         self._path = location.path(f"{HEADS}/{task}/model.safetensors")
         groups, _ = self.layout.groups(read_header(self._path))
-        own = {name for group in groups for name in group.memory}
+        own = frozenset(name for group in groups for name in group.memory)
         names = match_names(self.layout.names, self.layout.body_prefixes, body.names, body.layout.body_prefixes)
+        self.own = own
+        """Names of the tensors that are the task's own."""
         self._body_name = {name: other for name, other in names.items() if name not in own}
         self.names = tuple(name for name in self.layout.names if name in own or name in self._body_name)
 

@@ -71,7 +71,7 @@ def prepare(inputs: Inputs, task: str, data: Any, metrics: Any, reading: Reading
     (source,) = inputs.weighted
     taker = taker_of(source)
     chosen = choose_metrics(metrics, taker.form, f"task '{task}'")
-    given, label = _parted(data, task)
+    given, label = parted(data, task)
     if label is not None and taker.form.kind == "tokens":
         given["target"] = label
     opened = open_data({task: given}, inputs, reading)[task]
@@ -88,7 +88,7 @@ def prepare(inputs: Inputs, task: str, data: Any, metrics: Any, reading: Reading
     return Trial(task, source, taker.form, tuple(chosen), opened, right, writing, tokenizer)
 
 
-def _parted(data: Any, task: str) -> tuple[dict[str, Any], str | None]:
+def parted(data: Any, task: str) -> tuple[dict[str, Any], str | None]:
     """What is said of rows, and of the column that says what is right."""
     if not isinstance(data, Mapping) or hasattr(data, "num_rows"):
         return {"path": data}, None

@@ -25,8 +25,8 @@ from what_anchors_are_runs import (
 
 from hf_fda.analysis import Landscape, Projected
 from hf_fda.analysis.charts import Axes, Chart
-from hf_fda.analysis.drawing import COLOURS, DASHES, MARKERS, legend, ordered_colours
 from hf_fda.analysis.maps import landscape_chart
+from hf_fda.drawing import COLOURS, DASHES, MARKERS, legend, ordered_colours
 
 PAGE, PICTURES = "what_anchors_are.md", "pictures"
 

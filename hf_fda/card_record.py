@@ -11,11 +11,12 @@ from typing import Any
 from hf_fda.block_losses import LOSSES_PICTURE
 from hf_fda.cards import Found, model_card
 from hf_fda.coefficients import HEAT_MAP
+from hf_fda.drawing import can_draw
 from hf_fda.errors import InputError
 from hf_fda.evaluation.published import EVAL_RESULTS, eval_results
 from hf_fda.evaluation.scores import SCORES, Scores, read_scores
 from hf_fda.merged import Merged
-from hf_fda.pictures import can_draw, draw_scores
+from hf_fda.pictures import draw_scores
 from hf_fda.store import Store
 
 RECORD = "card.json"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from hf_fda.anchors.files import INDEX, read_index
 from hf_fda.block_losses import LOSSES, LOSSES_PICTURE, BlockLoss, BlockLosses
 from hf_fda.coefficients import COEFFICIENTS, HEAT_MAP, Coefficients
+from hf_fda.drawing import can_draw
 from hf_fda.inputs import Source
 from hf_fda.merge_methods.learned import LearnedConfig
-from hf_fda.pictures import can_draw, draw_coefficients, draw_losses
+from hf_fda.pictures import draw_coefficients, draw_losses
 from hf_fda.plans import Plan
 from hf_fda.store import Store
 from hf_fda.unit_files import adapted_file, read_distances

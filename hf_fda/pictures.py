@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hf_fda.drawing import COLOURS, MARKERS, figure_of, ordered_colours, save_png, scale
 
 if TYPE_CHECKING:
     from hf_fda.block_losses import BlockLosses
     from hf_fda.coefficients import Coefficients
     from hf_fda.evaluation.scores import Scores
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Colours that also the colour-blind tell apart (Okabe and Ito)."""
-
-MARKS = "osD^vPX"
-
 NAMED = 12
 """How many lines have a name in a picture; of more, colours go from the first to the last."""
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
@@ -35,21 +26,22 @@ def draw_coefficients(coefficients: Coefficients, path: Path) -> None:
     """
     count, groups = len(coefficients.sources), len(coefficients.groups)
     limit = max(abs(value) for row in coefficients.values for value in row) or 1.0
-    figure = _figure(max(4.0, min(14.0, 1.8 + 0.28 * groups)), 1.8 + 0.4 * count)
-    axes = figure.subplots()
-    image = axes.imshow(
-        coefficients.values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
-    )
-    axes.set_yticks(range(count), coefficients.sources)
-    places = coefficients.places()
-    for numbers in list(places.values())[1:]:
-        axes.axvline(min(numbers) - 0.5, color="black", linewidth=0.8)
-    middles, labels = [sum(numbers) / len(numbers) for numbers in places.values()], list(places)
-    axes.set_xticks(middles, labels, rotation=90 if len(labels) > 1 else 0, fontsize=7)
-    axes.set_xlabel("part of the model")
-    axes.set_ylabel("source")
-    figure.colorbar(image, ax=axes, label="coefficient")
-    _save(figure, path)
+    with figure_of((max(4.0, min(14.0, 1.8 + 0.28 * groups)), 1.8 + 0.4 * count)) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(
+            coefficients.values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
+        )
+        axes.set_yticks(range(count), coefficients.sources)
+        places = coefficients.places()
+        for numbers in list(places.values())[1:]:
+            axes.axvline(min(numbers) - 0.5, color="black", linewidth=0.8)
+        middles, labels = [sum(numbers) / len(numbers) for numbers in places.values()], list(places)
+        axes.set_xticks(middles, labels, rotation=90 if len(labels) > 1 else 0, fontsize=7)
+        axes.set_xlabel("part of the model")
+        axes.set_ylabel("source")
+        axes.grid(False)
+        scale(figure, image, axes, "coefficient")
+        save_png(figure, path)
 
 
 def draw_losses(losses: BlockLosses, path: Path) -> None:
@@ -63,20 +55,20 @@ def draw_losses(losses: BlockLosses, path: Path) -> None:
     constructed = {source: [row.construction.get(source) for row in losses.rows] for source in losses.sources}
     left = [row.left for row in losses.rows]
     parts = [any(value is not None for values in constructed.values() for value in values), any(left)]
-    figure = _figure(_wide(len(blocks)), 3.2 * sum(parts))
-    panels = iter(figure.subplots(sum(parts), 1, squeeze=False)[:, 0])
-    if parts[0]:
-        axes = next(panels)
-        _lines(axes, constructed)
-        axes.set_ylabel("loss of the anchors\n(1 - mean cosine)")
-        _blocks_below(axes, blocks)
-    if parts[1]:
-        axes = next(panels)
-        axes.bar(range(len(blocks)), [0.0 if share is None else 100 * share for share in left], color=COLOURS[0])
-        axes.set_ylabel("distance left after\nadaptation, % of that before")
-        axes.set_ylim(bottom=0)
-        _blocks_below(axes, blocks)
-    _save(figure, path)
+    with figure_of((_wide(len(blocks)), 3.2 * sum(parts))) as figure:
+        panels = iter(figure.subplots(sum(parts), 1, squeeze=False)[:, 0])
+        if parts[0]:
+            axes = next(panels)
+            _lines(axes, constructed)
+            axes.set_ylabel("loss of the anchors\n(1 - mean cosine)")
+            _blocks_below(axes, blocks)
+        if parts[1]:
+            axes = next(panels)
+            axes.bar(range(len(blocks)), [0.0 if share is None else 100 * share for share in left], color=COLOURS[0])
+            axes.set_ylabel("distance left after\nadaptation, % of that before")
+            axes.set_ylim(bottom=0)
+            _blocks_below(axes, blocks)
+        save_png(figure, path)
 
 
 def draw_construction(losses: Mapping[str, float], spectra: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -88,24 +80,22 @@ def draw_construction(losses: Mapping[str, float], spectra: Mapping[str, Sequenc
         path: the file to write.
     """
     blocks = list(losses)
-    figure = _figure(max(8.0, 4.0 + _wide(len(blocks))), 3.6)
-    left, right = figure.subplots(1, 2)
-    left.bar(range(len(blocks)), list(losses.values()), color=COLOURS[0])
-    left.set_ylabel("loss (1 - mean cosine)")
-    _blocks_below(left, blocks)
-    for number, (block, values) in enumerate(spectra.items()):
+    with figure_of((max(8.0, 4.0 + _wide(len(blocks))), 3.6)) as figure:
+        left, right = figure.subplots(1, 2)
+        left.bar(range(len(blocks)), list(losses.values()), color=COLOURS[0])
+        left.set_ylabel("loss (1 - mean cosine)")
+        _blocks_below(left, blocks)
         few = len(spectra) <= NAMED
-        colour = COLOURS[number % len(COLOURS)] if few else _shade(number / max(len(spectra) - 1, 1))
-        style = "-" if number < len(COLOURS) or not few else "--"
-        right.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=1.2, label=block if few else None)
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.set_ylim(bottom=max(1e-4, 0.5 * min(values[-1] for values in spectra.values())))
-    right.set_xlabel("number of the singular value")
-    right.set_ylabel("share of the largest")
-    if len(spectra) <= NAMED:
-        right.legend(fontsize=6)
-    _save(figure, path)
+        for colour, (block, values) in zip(ordered_colours(len(spectra)), spectra.items(), strict=True):
+            right.plot(range(1, len(values) + 1), values, color=colour, label=block if few else None)
+        right.set_xscale("log")
+        right.set_yscale("log")
+        right.set_ylim(bottom=max(1e-4, 0.5 * min(values[-1] for values in spectra.values())))
+        right.set_xlabel("number of the singular value")
+        right.set_ylabel("share of the largest")
+        if few:
+            right.legend(fontsize=6)
+        save_png(figure, path)
 
 
 def draw_scores(scores: Scores, path: Path) -> None:
@@ -116,31 +106,31 @@ def draw_scores(scores: Scores, path: Path) -> None:
         path: the file to write.
     """
     metrics = list(dict.fromkeys(name for task in scores.tasks.values() for name in task.merged))
-    figure = _figure(max(4.5, 1.8 + 0.9 * len(scores.tasks)), 0.4 + 2.8 * len(metrics))
-    for axes, metric in zip(figure.subplots(len(metrics), 1, squeeze=False)[:, 0], metrics, strict=True):
-        own = {name: task for name, task in scores.tasks.items() if metric in task.merged}
-        both = {"merged": [task.merged[metric] for task in own.values()]}
-        single = [(task.individual or {}).get(metric) for task in own.values()]
-        if any(value is not None for value in single):
-            both["its own fine-tune"] = [float("nan") if value is None else value for value in single]
-        width = 0.8 / len(both)
-        for number, (label, values) in enumerate(both.items()):
-            places = [place + (number - (len(both) - 1) / 2) * width for place in range(len(own))]
-            bars = axes.bar(places, values, 0.9 * width, label=label, color=COLOURS[number])
-            axes.bar_label(bars, fmt="{:.3g}", fontsize=7)
-        axes.set_xticks(range(len(own)), list(own), rotation=30 if len(own) > 6 else 0)
-        axes.set_ylabel(metric)
-        axes.margins(y=0.15)
-        if len(both) > 1:
-            axes.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    _save(figure, path)
+    with figure_of((max(4.5, 1.8 + 0.9 * len(scores.tasks)), 0.4 + 2.8 * len(metrics))) as figure:
+        for axes, metric in zip(figure.subplots(len(metrics), 1, squeeze=False)[:, 0], metrics, strict=True):
+            own = {name: task for name, task in scores.tasks.items() if metric in task.merged}
+            both = {"merged": [task.merged[metric] for task in own.values()]}
+            single = [(task.individual or {}).get(metric) for task in own.values()]
+            if any(value is not None for value in single):
+                both["its own fine-tune"] = [float("nan") if value is None else value for value in single]
+            width = 0.8 / len(both)
+            for number, (label, values) in enumerate(both.items()):
+                places = [place + (number - (len(both) - 1) / 2) * width for place in range(len(own))]
+                bars = axes.bar(places, values, 0.9 * width, label=label, color=COLOURS[number])
+                axes.bar_label(bars, fmt="{:.3g}", fontsize=7)
+            axes.set_xticks(range(len(own)), list(own), rotation=30 if len(own) > 6 else 0)
+            axes.set_ylabel(metric)
+            axes.margins(y=0.15)
+            if len(both) > 1:
+                axes.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        save_png(figure, path)
 
 
 def _lines(axes: Any, values: Mapping[str, Sequence[float | None]]) -> None:
     """A line for each name, broken where a value is missing."""
     for number, (name, own) in enumerate(values.items()):
         kept = [float("nan") if value is None else value for value in own]
-        colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+        colour, mark = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axes.plot(range(len(kept)), kept, marker=mark, markersize=4, linewidth=1.2, color=colour, label=name)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
@@ -152,23 +142,3 @@ def _blocks_below(axes: Any, blocks: Sequence[str]) -> None:
 
 def _wide(blocks: int) -> float:
     return max(4.5, min(14.0, 2.0 + 0.25 * blocks))
-
-
-def _shade(share: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](share)
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, with a white ground on every page."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, format="png", metadata={"Software": None})

@@ -285,7 +285,7 @@ def test_what_it_takes_is_told_before(family: Family, tmp_path: Path, caplog: py
 
 
 def test_a_missing_package_gives_its_line(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fda.analysis.drawing.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_fda.drawing.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "hf-fda\[plots\]"'):
         hf_fda.analyze(family.merged, **QUIET)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hf_fda.analysis import measuring, of_anchors, of_losses, of_merges, of_states
-from hf_fda.analysis.drawing import require_plots
 from hf_fda.analysis.forecasts import Forecast
 from hf_fda.analysis.opened import OpenedMerge, open_merge
 from hf_fda.analysis.report import Section, write_report
@@ -20,6 +19,7 @@ from hf_fda.anchors.manifest import MANIFEST
 from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.data.request import Reading, check_number
 from hf_fda.devices import resolve_device
+from hf_fda.drawing import require_plots
 from hf_fda.errors import InputError, few
 from hf_fda.plans import readable_size
 from hf_fda.prediction import readable_time
@@ -239,17 +239,18 @@ def _on_rows(
     work = measuring.prepare(opened, rows, looking.device, looking.batch_size)
     looks = len(opened.groups) + 1 + (looking.grid**2 if chosen is not None else 0)
     logger.info("on rows of data: about %s for %d looks at them", readable_time(work.seconds() * looks), looks)
-    progress.expect(progress.done + looks - 1)
+    builder = anchors.builder if anchors is not None else None
+    compared = [own for own in opened.sources if builder and own.name in opened.anchors and own.name in work.losses]
+    progress.expect(progress.done + looks - 1 + sum(len(opened.anchors[own.name].blocks) for own in compared))
     found = [of_losses.bought_section(of_losses.bought(opened, work, progress), work.unit)]
     if chosen is not None:
         with_scratch = opened.location.folder or Path.cwd()
         seen = of_losses.measure(opened, work, chosen, looking.grid, with_scratch, progress)
         count = sum(len(loss.rows) for loss in work.losses.values())
         found.append(of_losses.landscape_section(seen, work.unit, count))
-    builder = anchors.builder if anchors is not None else None
     aligned = {}
-    for source in opened.sources if builder is not None else ():
-        if builder is not None and source.name in opened.anchors and source.name in work.losses:
-            own, shown = opened.anchors[source.name], work.losses[source.name].rows
-            aligned[source.name] = of_states.align_task(builder, source, own, shown, progress)
+    for source in compared:
+        assert builder is not None
+        own, shown = opened.anchors[source.name], work.losses[source.name].rows
+        aligned[source.name] = of_states.align_task(builder, source, own, shown, progress)
     return [*found, of_states.section(aligned)] if aligned else found

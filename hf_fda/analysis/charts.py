@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fda.analysis.drawing import (
+from hf_fda.drawing import (
     COLOURS,
     DASHES,
     MARKERS,
@@ -22,6 +22,7 @@ from hf_fda.analysis.drawing import (
     legend_height,
     ordered_colours,
     save,
+    scale,
 )
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def _order_bar(figure: Figure, own: Any, order: str, names: Sequence[str]) -> No
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    scale = matplotlib.colormaps[ORDERED]
-    cut = LinearSegmentedColormap.from_list("cut", [scale(PALEST * number / 255) for number in range(256)])
+    colours = matplotlib.colormaps[ORDERED]
+    cut = LinearSegmentedColormap.from_list("cut", [colours(PALEST * number / 255) for number in range(256)])
     bar = figure.colorbar(ScalarMappable(Normalize(0, len(names) - 1), cut), ax=own, label=order)
     shown = sorted({round(number * (len(names) - 1) / 4) for number in range(5)})
     bar.set_ticks(shown, labels=[names[number] for number in shown])
@@ -186,7 +187,7 @@ def table(
                     pale = abs(value) < 0.6 * strongest
                     text = f"{value:.2f}" if limit else short(value)
                     own.text(x, y, text, ha="center", va="center", color="black" if pale else "white", size=8)
-        figure.colorbar(image, ax=own, label=unit)
+        scale(figure, image, own, unit)
 
     found = tuple((row, column, value) for row, own in rows.items() for column, value in zip(columns, own, strict=True))
     height = 1.9 + 0.3 * min(len(rows), 40)

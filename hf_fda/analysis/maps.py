@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fda.analysis.charts import WIDTH, Chart
-from hf_fda.analysis.drawing import COLOURS, MARKERS, legend, legend_height
 from hf_fda.analysis.landscapes import Landscape
+from hf_fda.drawing import COLOURS, MARKERS, legend, legend_height, scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,7 +100,7 @@ def _surface(axes: Any, seen: Landscape, grid: Sequence[Sequence[float]]) -> Any
 
 def _bar(figure: Figure, axes: Any, surface: Any, label: str) -> None:
     """The scale of heights, with few and short numbers."""
-    figure.colorbar(surface, ax=axes, label=label, ticks=surface.levels[::3], format="%.3g")
+    scale(figure, surface, axes, label, ticks=surface.levels[::3], format="%.3g")
 
 
 def _models(axes: Any, seen: Landscape, small: bool = False) -> None:

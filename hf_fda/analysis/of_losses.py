@@ -164,7 +164,7 @@ def landscape_section(seen: Landscape, unit: str, rows: int) -> Section:
     text = (
         f"Real losses, {unit}, on {rows} rows at {len(seen.x)} x {len(seen.y)} points of the plane through "
         f"{', '.join(seen.points)}. The lowest mean on the grid is {value:.4f} at ({x:.2f}, {y:.2f}); of the models "
-        f"{near} is nearest to it."
+        f"'{near}' is nearest to it."
     )
     charts = [landscape_chart("landscape", "Mean loss over the plane", "The mean over the tasks.", seen, unit)]
     if len(seen.losses) > 1:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from hf_fda.analysis.charts import Chart
-from hf_fda.analysis.drawing import Picture
+from hf_fda.drawing import Picture
 from hf_fda.printing import html_table
 
 STYLE = """

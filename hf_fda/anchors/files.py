@@ -25,8 +25,9 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.header import TensorEntry, read_header, read_metadata, read_tensor
 from hf_fda.checkpoint.untrusted import parse_json
 from hf_fda.checkpoint.writer import save_tensors
+from hf_fda.drawing import can_draw
 from hf_fda.errors import InputError
-from hf_fda.pictures import can_draw, draw_construction
+from hf_fda.pictures import draw_construction
 from hf_fda.progress import Progress, logger
 from hf_fda.stages import Piece
 from hf_fda.store import Store, key_of
@@ -182,18 +183,21 @@ def write_frame(folder: Path, info: AnchorsInfo, where: str = "PATH_OR_DATASET_I
 def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Draw the losses and the spectra of all blocks; the picture's file, None where it cannot be drawn."""
     losses = {row["block"]: row["loss"] for row in rows}
-    if not can_draw() or not losses:
+    spectra = {block: _spectrum(folder / unit_file(block)) for block in losses} if can_draw() else {}
+    if not all(spectra.values()) or not spectra:
         return None
-    spectra = {block: _spectrum(folder / unit_file(block)) for block in losses}
     draw_construction(losses, spectra, folder / PICTURE)
     return PICTURE
 
 
 def _spectrum(path: Path) -> list[float]:
-    """The singular values of a unit's first anchors, each as a share of the largest, which are drawn."""
+    """The singular values of a unit's first anchors, each as a share of the largest, which are drawn; none of anchors
+    that are not finite."""
     entry = read_header(path)["anchors"]
     width = entry.shape[-1]
     part = read_tensor(path, entry, slice(0, min(prod(entry.shape), SHOWN * width)))
+    if not bool(part.isfinite().all()):
+        return []
     values = torch.linalg.svdvals(part.view(-1, width).float())
     return (values / values[0].clamp_min(torch.finfo(values.dtype).tiny)).tolist()
 

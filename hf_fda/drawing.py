@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from hf_fda.errors import InputError
@@ -34,6 +35,9 @@ SHARES = "Blues"
 LETTERS, MARK = 15, 7
 """Letters of a legend in an inch, and those that the mark before each label takes the room of."""
 
+LINE = 40
+"""Letters in a line of the words beside a scale."""
+
 STYLE: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -59,22 +63,42 @@ class Picture:
     svg: Path
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
 def require_plots() -> None:
     """Refuse to go on without matplotlib.
 
     Raises:
         InputError: with the line that installs it.
     """
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         raise InputError('an analysis is drawn with matplotlib: pip install "hf-fda[plots]"')
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def figure_of(size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure, in the style of all pictures while it is drawn and written.
+
+    Args:
+        size: width and height in inches.
+    """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        yield
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure; the same data gives the same bytes."""
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def save(paint: Callable[[Figure], None], size: tuple[float, float], path: Path) -> Picture:
@@ -85,17 +109,17 @@ def save(paint: Callable[[Figure], None], size: tuple[float, float], path: Path)
         size: width and height in inches.
         path: of the files, without their ending.
     """
-    with _style():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
+    found = Picture(path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.svg"))
+    with figure_of(size) as figure:
         paint(figure)
-        found = Picture(path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.svg"))
-        figure.savefig(found.png, dpi=150, metadata={"Software": None})
+        save_png(figure, found.png)
         figure.savefig(found.svg, metadata={"Date": None, "Creator": None})
     return found
+
+
+def scale(figure: Figure, surface: Any, axes: Any, label: str, **options: Any) -> Any:
+    """The scale of colours beside a picture, its words in lines that are not longer than it."""
+    return figure.colorbar(surface, ax=axes, label=fill(label, LINE), **options)
 
 
 def ordered_colours(count: int) -> list[Any]:

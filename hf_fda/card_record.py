@@ -17,6 +17,7 @@ from hf_fda.evaluation.published import EVAL_RESULTS, eval_results
 from hf_fda.evaluation.scores import SCORES, Scores, read_scores
 from hf_fda.merged import Merged
 from hf_fda.pictures import draw_scores
+from hf_fda.progress import logger
 from hf_fda.store import Store
 
 RECORD = "card.json"
@@ -27,6 +28,17 @@ README = "README.md"
 SCORES_PICTURE = "scores.png"
 """The picture of the scores, where matplotlib is installed."""
 
+ANALYSIS = "analysis"
+"""The folder of what `hf_fda.analyze` saw of a merge."""
+
+SEEN = {
+    f"{ANALYSIS}/moves.png": "How far each part of the model moved",
+    f"{ANALYSIS}/interference.png": "Cosines of the sources' task vectors",
+    f"{ANALYSIS}/bought.png": "What each part's move bought on rows of data",
+    f"{ANALYSIS}/landscape.png": "The loss on rows of data, over a plane through the base and merges",
+}
+"""Its pictures that a card shows, and what they show."""
+
 PICTURES = (HEAT_MAP, LOSSES_PICTURE, SCORES_PICTURE)
 
 
@@ -35,7 +47,7 @@ def record_card(
 ) -> None:
     """Write the card of a merge that is finished, and what it is made of.
 
-    Scores of the same weights that lie in the folder are in it; those of an earlier merge are removed.
+    Scores of the same weights that lie in the folder are in it; those and the analysis of an earlier merge are removed.
 
     Args:
         store: the merged folder.
@@ -43,7 +55,9 @@ def record_card(
         facts: what the plan knows, as plain values.
         spent: what the run took (`Run.spent`); None where it had nothing to do: then what the earlier one took stays.
     """
-    if spent is None and (store.folder / RECORD).is_file():
+    if spent is not None:
+        store.remove(ANALYSIS)  # of an earlier merge
+    elif (store.folder / RECORD).is_file():
         spent = read_record(store.folder)["facts"].get("spent")
     scores = read_scores(store.folder)
     if scores is None:
@@ -68,6 +82,14 @@ def remake_card(folder: Path, scores: Scores | None = None) -> Path:
     record = read_record(folder)
     _write(Store(folder), record["arguments"], record["facts"], scores or read_scores(folder))
     return folder / README
+
+
+def refresh_card(folder: Path, scores: Scores | None = None) -> None:
+    """As `remake_card`, but a card that was changed by hand is left as it is, which is said."""
+    if is_unchanged(folder):
+        remake_card(folder, scores)
+    else:
+        logger.warning("%s was changed by hand and is left; hf-fda card %s makes it anew", folder / README, folder)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -99,7 +121,8 @@ def _write(store: Store, arguments: dict[str, Any], facts: dict[str, Any], score
     elif can_draw():
         store.write_plainly(SCORES_PICTURE, lambda path: draw_scores(scores, path))
     pictures = [name for name in PICTURES if (store.folder / name).is_file()]
-    found = Found(merged.report, merged.coefficients, merged.block_losses, scores, pictures)
+    seen = {name: words for name, words in SEEN.items() if (store.folder / name).is_file()}
+    found = Found(merged.report, merged.coefficients, merged.block_losses, scores, pictures, seen)
     card = model_card(arguments, facts, found)
     store.remove(EVAL_RESULTS)
     for name, text in (eval_results(scores) if scores is not None else {}).items():

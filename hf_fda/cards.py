@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class Found:
 
     `report` says of a merged adapter what its factors leave out, `coefficients` what the merge learnt, `losses` how
     well its blocks were fitted, `scores` how good it is; None where there is none. `pictures` are files of
-    pictures.
+    pictures, `seen` those of an analysis with what they show.
     """
 
     report: AdapterReport | None = None
@@ -61,6 +61,7 @@ class Found:
     losses: BlockLosses | None = None
     scores: Scores | None = None
     pictures: Collection[str] = ()
+    seen: Mapping[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -127,6 +128,7 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], found: Fo
         coefficients=found.coefficients,
         losses=found.losses,
         pictures=found.pictures,
+        seen=found.seen,
         licence_line=licence_line,
         scores=scores,
         spent=_spent(facts.get("spent")),

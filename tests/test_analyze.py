@@ -223,6 +223,31 @@ def test_sources_that_are_gone_are_left_out(tmp_path: Path) -> None:
 # -- anchors --------------------------------------------------------------------------------------------------------
 
 
+def test_the_card_of_a_merge_shows_what_was_seen_of_it(library: Library, tmp_path: Path) -> None:
+    base, sources = library("llama")
+    given: dict[str, Any] = {"method": "linear", "device": "cpu", "quiet": True}
+    merged = hf_fda.merge(base, sources, output=tmp_path / "merged", **given)
+    found = hf_fda.analyze(merged.folder, device="cpu", quiet=True)
+    card = (merged.folder / "README.md").read_text(encoding="utf-8")
+    assert "(analysis/moves.png)" in card and "(analysis/interference.png)" in card and "landscape" not in card
+    hf_fda.merge(base, sources, output=tmp_path / "merged", **given)  # nothing to do
+    assert (merged.folder / "README.md").read_text(encoding="utf-8") == card
+    hf_fda.merge(base, sources, output=tmp_path / "merged", **{**given, "method": "ties"})
+    assert not found.folder.exists()
+    assert "analysis" not in (merged.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_that_was_changed_by_hand_is_left(
+    library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, sources = library("llama")
+    merged = hf_fda.merge(base, sources, output=tmp_path / "merged", method="linear", device="cpu", quiet=True)
+    (merged.folder / "README.md").write_text("mine", encoding="utf-8")
+    hf_fda.analyze(merged.folder, device="cpu", quiet=True)
+    assert (merged.folder / "README.md").read_text(encoding="utf-8") == "mine"
+    assert "changed by hand" in caplog.text
+
+
 def test_anchors_of_several_sources(library: Library, tmp_path: Path) -> None:
     base, sources = library("bert")
     folders = []

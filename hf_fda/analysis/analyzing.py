@@ -16,6 +16,7 @@ from hf_fda.analysis.opened import OpenedMerge, open_merge
 from hf_fda.analysis.report import Section, write_report
 from hf_fda.anchors.container import ON_HUB, FunctionalDualAnchors
 from hf_fda.anchors.manifest import MANIFEST
+from hf_fda.card_record import ANALYSIS, RECORD, refresh_card
 from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.data.request import Reading, check_number
 from hf_fda.devices import resolve_device
@@ -25,9 +26,6 @@ from hf_fda.plans import readable_size
 from hf_fda.prediction import readable_time
 from hf_fda.progress import Progress, logger
 from hf_fda.spending import Meter, hardware, peak_bytes
-
-ANALYSIS = "analysis"
-"""The folder in what is looked at that gets the report, where no other is named."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ def analyze(
         data: rows by task name, as `hf_fda.evaluate` takes them. Where a mapping names the column of what is right,
             {"path": ..., "label": ...}, the loss is cross entropy (squared error of regressions), else the divergence
             from what the task's own fine-tune answers.
-        output: the folder to write; None: `analysis` in the folder that is looked at.
+        output: the folder to write; None: `analysis` in the folder that is looked at. The card of a merge shows some of
+            the pictures that are there.
         base: what anchors were constructed from, to look at induced gradients; of a merge, where its base is now.
         through: other merged folders of the same base, as with fewer passes: a path to draw on the landscape.
         rows: at most so many rows of a task, a sample by `seed`.
@@ -131,6 +130,8 @@ def analyze(
         title, facts, found = _of_merge(opened, data or {}, through, reading, looking)
     meter.count([False])
     report = write_report(target, title, [*facts, _spent(meter, looking.device)], found)
+    if target.name == ANALYSIS and (target.parent / RECORD).is_file():
+        refresh_card(target.parent)
     return Analysis(report.parent, tuple(chart.name for section in found for chart in section.charts))
 
 

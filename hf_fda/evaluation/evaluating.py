@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_fda.card_record import RECORD, is_unchanged, remake_card
+from hf_fda.card_record import RECORD, refresh_card
 from hf_fda.checkpoint.location import Location, locate
 from hf_fda.data.request import Reading, check_number
 from hf_fda.devices import resolve_device
@@ -20,7 +20,7 @@ from hf_fda.evaluation.preparing import Trial, prepare
 from hf_fda.evaluation.scores import SCORES, ScoredData, Scores, TaskScores, weights_hash
 from hf_fda.evaluation.scoring import score
 from hf_fda.merged import Merged
-from hf_fda.progress import Progress, logger
+from hf_fda.progress import Progress
 from hf_fda.settings import DTYPES
 from hf_fda.store import Store
 
@@ -147,12 +147,5 @@ def _kept(location: Location, found: dict[str, TaskScores], save: bool) -> Score
     scores = Scores(found, weights_hash(folder)).updated(earlier)
     if save:
         Store(folder).write_text(SCORES, scores.text())
-        if is_unchanged(folder):
-            remake_card(folder, scores)
-        else:
-            logger.warning(
-                "%s was changed by hand and is left as it is; hf-fda card %s makes it anew, with scores",
-                folder / "README.md",
-                folder,
-            )
+        refresh_card(folder, scores)
     return scores

@@ -53,42 +53,55 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-fda {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    for name, help in (
-        ("merge", "merge sources into a folder that transformers loads"),
-        ("plan", "check a merge and say what it would do; reads no weights, writes nothing"),
-        ("advise", "recommend a method and settings for a merge, with reasons and cost; try a few on held-out rows"),
-    ):
-        command = _command(commands, name, help)
-        command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a configuration, as merge_config.yaml")
-        command.add_argument("--base", help="folder or Hub id (org/name, org/name@revision)")
-        command.add_argument("--source", action="append", metavar="[TASK=]S", help="a fine-tune of the base; repeat")
-        command.add_argument("--method", help="merge method (default fda); see hf-fda methods")
-        command.add_argument(
-            "--data", action="append", metavar="TASK=ROWS", help="its rows: a file or dataset; or: anchors"
-        )
-        command.add_argument(
-            "--columns", action="append", metavar="TASK=A[,B]", help="its text, or both texts of a pair"
-        )
-        command.add_argument("--split", action="append", metavar="TASK=SPLIT", help="of its dataset")
-        command.add_argument("--output", required=name == "merge", default=None, help="the folder to write")
-        command.add_argument("--anchors", action="append", metavar="TASK=DIR", help="anchors made earlier for a source")
-        command.add_argument("--force", action="store_true", help="merge anchors made on another revision of the base")
-        command.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter, not a full checkpoint")
-        command.add_argument("--rank", type=int, help="of the adapter's factors, at most (default: exact)")
-        command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
-        command.add_argument("--dtype", help="type of the written weights (default float32; auto: the base's)")
-        command.add_argument("--heads", choices=("keep", "merge"), help="task heads: keep each (default) or merge them")
-        command.add_argument("--tokenizer", help="the output's vocabulary: base, union or a source's name")
-        command.add_argument("--chat-template", help="auto, base, a source's name or the template itself")
-        command.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="of the output's vocabulary")
-        command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")
-        _common(command)
-        if name == "advise":
-            _advise(command)
-        if name == "plan":
-            command.add_argument("--processes", type=int, metavar="N", help="predict the time on so many processes")
+    command = _command(commands, "merge", "merge sources into a folder that transformers loads")
+    _merge_flags(command, output_required=True)
+    command = _command(commands, "plan", "check a merge and say what it would do; reads no weights, writes nothing")
+    _merge_flags(command)
+    command.add_argument("--processes", type=int, metavar="N", help="predict the time on so many processes")
+    help = "recommend a method and settings for a merge, with reasons and cost; try a few on held-out rows"
+    command = _command(commands, "advise", help)
+    _merge_flags(command)
+    _advise_flags(command)
+    _anchors_flags(_command(commands, "anchors", "construct the anchors of one fine-tune"))
+    _extract_flags(_command(commands, "extract", "make a PEFT adapter of a full fine-tune"))
+    help = "score a merged model on rows with labels, and put that into its card"
+    _evaluate_flags(_command(commands, "evaluate", help))
+    _analyze_flags(_command(commands, "analyze", "look at anchors or at a merge, and draw what is seen"))
+    command = _command(commands, "card", "make the card of a merged folder anew, from what is recorded there")
+    command.add_argument("folder", metavar="DIR")
+    command = _command(commands, "methods", "list the merge methods, or one method's options")
+    command.add_argument("name", nargs="?", metavar="NAME")
+    _demo_flags(_command(commands, "demo", "train, merge and compare small models on real handwritten digits"))
+    _push_flags(_command(commands, "push", "upload a merged folder or an anchors folder to the Hub"))
+    return parser
 
-    command = _command(commands, "anchors", "construct the anchors of one fine-tune")
+
+def _merge_flags(command: argparse.ArgumentParser, output_required: bool = False) -> None:
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a configuration, as merge_config.yaml")
+    command.add_argument("--base", help="folder or Hub id (org/name, org/name@revision)")
+    command.add_argument("--source", action="append", metavar="[TASK=]S", help="a fine-tune of the base; repeat")
+    command.add_argument("--method", help="merge method (default fda); see hf-fda methods")
+    command.add_argument(
+        "--data", action="append", metavar="TASK=ROWS", help="its rows: a file or dataset; or: anchors"
+    )
+    command.add_argument("--columns", action="append", metavar="TASK=A[,B]", help="its text, or both texts of a pair")
+    command.add_argument("--split", action="append", metavar="TASK=SPLIT", help="of its dataset")
+    command.add_argument("--output", required=output_required, default=None, help="the folder to write")
+    command.add_argument("--anchors", action="append", metavar="TASK=DIR", help="anchors made earlier for a source")
+    command.add_argument("--force", action="store_true", help="merge anchors made on another revision of the base")
+    command.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter, not a full checkpoint")
+    command.add_argument("--rank", type=int, help="of the adapter's factors, at most (default: exact)")
+    command.add_argument("--energy", type=float, help="fraction of the squared norm that the factors keep")
+    command.add_argument("--dtype", help="type of the written weights (default float32; auto: the base's)")
+    command.add_argument("--heads", choices=("keep", "merge"), help="task heads: keep each (default) or merge them")
+    command.add_argument("--tokenizer", help="the output's vocabulary: base, union or a source's name")
+    command.add_argument("--chat-template", help="auto, base, a source's name or the template itself")
+    command.add_argument("--pad-to-multiple-of", type=int, metavar="N", help="of the output's vocabulary")
+    command.add_argument("--max-shard-bytes", type=int, help="size of a weight file")
+    _common(command)
+
+
+def _anchors_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", required=True, help="folder or Hub id")
     command.add_argument("--source", required=True, help="the fine-tune: folder or Hub id")
     command.add_argument("--output", required=True, help="the folder to write")
@@ -100,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
     )
     _common(command)
 
-    command = _command(commands, "extract", "make a PEFT adapter of a full fine-tune")
+
+def _extract_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", required=True, help="folder or Hub id")
     command.add_argument("--source", required=True, help="the fine-tune: folder or Hub id")
     command.add_argument("--output", required=True, help="the folder to write")
@@ -110,7 +124,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", help="base: leave out the tokens that the base lacks")
     _common(command)
 
-    command = _command(commands, "evaluate", "score a merged model on rows with labels, and put that into its card")
+
+def _evaluate_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR", help="the merged folder, or a Hub id")
     command.add_argument(
         "--task",
@@ -131,27 +146,20 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--base", help="of a merged adapter, where its base is now")
     _common(command)
 
-    _analyze_flags(_command(commands, "analyze", "look at anchors or at a merge, and draw what is seen"))
 
-    command = _command(commands, "card", "make the card of a merged folder anew, from what is recorded there")
-    command.add_argument("folder", metavar="DIR")
-
-    command = _command(commands, "methods", "list the merge methods, or one method's options")
-    command.add_argument("name", nargs="?", metavar="NAME")
-
-    command = _command(commands, "demo", "train, merge and compare small models on real handwritten digits")
+def _demo_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", default="demo", help="the folder to write (default demo/)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--quiet", action="store_true", help="print the table only")
 
-    command = _command(commands, "push", "upload a merged folder or an anchors folder to the Hub")
+
+def _push_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="DIR")
     command.add_argument("repo_id", metavar="REPO_ID")
     command.add_argument("--private", action="store_true")
     command.add_argument("--revision", help="branch to push to")
     command.add_argument("--commit-message", help="of the commit")
     command.add_argument("--create-pr", action="store_true", help="open a pull request")
-    return parser
 
 
 def _analyze_flags(command: argparse.ArgumentParser) -> None:
@@ -181,7 +189,7 @@ def _command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
     return command
 
 
-def _advise(command: argparse.ArgumentParser) -> None:
+def _advise_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--try",
         dest="held",

@@ -26,6 +26,7 @@ from hf_fda.plans import readable_size
 from hf_fda.prediction import readable_time
 from hf_fda.progress import Progress, logger
 from hf_fda.spending import Meter, hardware, peak_bytes
+from hf_fda.store import WORK
 
 
 @dataclass(frozen=True)
@@ -245,8 +246,8 @@ def _on_rows(
     progress.expect(progress.done + looks - 1 + sum(len(opened.anchors[own.name].blocks) for own in compared))
     found = [of_losses.bought_section(of_losses.bought(opened, work, progress), work.unit)]
     if chosen is not None:
-        with_scratch = opened.location.folder or Path.cwd()
-        seen = of_losses.measure(opened, work, chosen, looking.grid, with_scratch, progress)
+        scratch = (opened.location.folder or Path.cwd()) / WORK  # on a disk that holds such a model
+        seen = of_losses.measure(opened, work, chosen, looking.grid, scratch, progress)
         count = sum(len(loss.rows) for loss in work.losses.values())
         found.append(of_losses.landscape_section(seen, work.unit, count))
     aligned = {}

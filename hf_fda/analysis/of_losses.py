@@ -116,7 +116,7 @@ def measure(
         measuring: with its weights.
         chosen: the plane.
         grid: points on each axis.
-        scratch: a folder for base and directions meanwhile.
+        scratch: a folder for base and directions meanwhile; made if it is not there.
         progress: whom to tell.
 
     Raises:
@@ -135,6 +135,7 @@ def measure(
         base = opened.base_tensor(name)
         return base, chosen.first[1](name, base), chosen.second[1](name, base)
 
+    scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         shapes = {name: tuple(opened.base.shape(name)) for name in opened.names}
         directions = Directions.write(Path(folder) / "directions.safetensors", shapes, read)

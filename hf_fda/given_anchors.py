@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from hf_fda.anchors.beside import WithRest
 from hf_fda.anchors.container import FunctionalDualAnchors
 from hf_fda.anchors.files import describe
+from hf_fda.anchors.rest import WithRest
 from hf_fda.blocks import Unit, find_units
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import ModelLayout

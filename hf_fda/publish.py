@@ -14,11 +14,12 @@ import yaml
 
 from hf_fda.adapters.files import CONFIG, WEIGHTS
 from hf_fda.adapters.report import REPORT
-from hf_fda.anchors.beside import HeldTensors, Tensors, config_text, write_tensors
+from hf_fda.anchors.beside import config_text
 from hf_fda.card_record import record_card
 from hf_fda.cards import shown
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.location import INDEX
+from hf_fda.checkpoint.named import HeldTensors, Tensors, write_tensors
 from hf_fda.checkpoint.writer import shard_index
 from hf_fda.findings import write_findings
 from hf_fda.heads import TaskHead, head_files

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 
-from hf_fda.anchors.beside import HEAD_CONFIG, HEAD_WEIGHTS, REST, Beside, FileTensors
+from hf_fda.anchors.beside import HEAD_CONFIG, HEAD_WEIGHTS, REST, Beside
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.files import INDEX, read_index, read_unit, row_of, unit_file, write_frame, write_unit
 from hf_fda.anchors.making import Making, Wanted
@@ -23,6 +23,7 @@ from hf_fda.anchors.showing import as_html, as_text
 from hf_fda.anchors.snapshots import read_snapshots, snapshot_file, write_snapshots
 from hf_fda.checkpoint.hashed import digest
 from hf_fda.checkpoint.location import Location
+from hf_fda.checkpoint.named import FileTensors
 from hf_fda.checkpoint.untrusted import check_link
 from hf_fda.errors import InputError, nearest
 from hf_fda.hub import hub_errors

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from huggingface_hub import HfApi
 
+from hf_fda.adapters.files import CONFIG
 from hf_fda.card_check import check_card
 from hf_fda.errors import InputError
 from hf_fda.hub import hub_errors
@@ -18,12 +19,17 @@ REPLACED = {
     "model": (
         "model*.safetensors",
         "model.safetensors.index.json",
+        "config.json",
+        "adapter_*",
         "task_heads/*",
         "anchors/*",
-        "scores.json",
+        "coefficients.*",
+        "block_losses.*",
+        "scores.*",
+        "analysis/*",
         ".eval_results/*",
     ),
-    "dataset": ("blocks/*", "index/*", "rest.safetensors", "task_head/*"),
+    "dataset": ("blocks/*", "index/*", "snapshots/*", "analysis/*", "anchors.png", "rest.safetensors", "task_head/*"),
 }
 """What an earlier upload may have left on the Hub and a new one replaces as a whole."""
 
@@ -69,7 +75,7 @@ def push(
     """
     path = Path(folder)
     kind = "dataset" if (path / "anchors.json").is_file() else "model"
-    if kind == "model" and not all((path / name).is_file() for name in ("config.json", "merge_config.yaml")):
+    if kind == "model" and not _is_finished(path):
         raise InputError(f"{folder}: neither a finished merge nor anchors; run its merge to the end first")
     check_card(path, kind)
     api = HfApi(token=token)
@@ -90,3 +96,9 @@ def push(
             patiently(partial(api.create_branch, repo_id, branch=revision, repo_type=kind, exist_ok=True), repo_id)
         commit = patiently(upload, repo_id, tries=1 if create_pr else TRIES)  # asked twice, it might open two
     return str(commit.pr_url or commit)
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished merge: the configuration of a model, or of an adapter, comes last."""
+    last = any((folder / name).is_file() for name in ("config.json", CONFIG))
+    return last and (folder / "merge_config.yaml").is_file()

@@ -12,6 +12,8 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from conftest import TEXT, fine_tune
 from hub_client import TOKEN, Away, environment_of, process
 from hub_server import FakeHub
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from vocabularies import MARKERS, bpe, llama, save, tuned, wordpiece
 
@@ -68,6 +70,19 @@ def load(source: str | Path, task: str | None = None, revision: str | None = Non
 def upload(folder: Path, id: str, **options: Any) -> str:
     """The address of a pushed merge."""
     return hf_fda.Merged(folder).push_to_hub(id, **options)
+
+
+def uploaded_plainly(folder: Path, id: str, *words: str) -> None:
+    """A folder as the Hub's own command line uploads it."""
+    program = [sys.executable, "-m", "huggingface_hub.cli.hf", "upload", id, str(folder), ".", *words]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stdout + done.stderr
+
+
+def load_adapter(id: str, base: str) -> dict[str, str]:
+    """The factors of a merged adapter on the Hub as plain PEFT loads them, each as a hash of its bits."""
+    model = PeftModel.from_pretrained(t.AutoModelForSequenceClassification.from_pretrained(base), id)
+    return {name: hash_of(tensor) for name, tensor in model.state_dict().items() if "lora_" in name}
 
 
 def command(*words: str) -> tuple[int, str, str]:
@@ -551,6 +566,28 @@ def test_a_pushed_merge_holds_the_folder_but_not_its_cache(hub: FakeHub, away: A
     assert set(files) == {name for name in own if not name.startswith(".cache/")}
     assert set(files) >= {"README.md", "config.json", WEIGHTS, "merge_config.yaml", "task_heads/one/config.json"}
     assert all(data == (merged / name).read_bytes() for name, data in files.items())
+
+
+@pytest.mark.parametrize("kind", ["models", "datasets"])
+def test_a_plain_upload_of_the_folder_gives_the_same_repository(
+    kind: str, hub: FakeHub, away: Away, merged: Path, anchors: dict[str, Path]
+) -> None:
+    folder = merged if kind == "models" else anchors["one"]
+    away(command, "push", str(folder), "me/ours")
+    away(uploaded_plainly, folder, "me/theirs", "--type", kind.removesuffix("s"))
+    assert hub.files("me/ours", kind=kind) == hub.files("me/theirs", kind=kind)
+
+
+def test_a_pushed_adapter_loads_with_plain_peft(hub: FakeHub, away: Away, merged: Path, tmp_path: Path) -> None:
+    adapter = away(merge, "org/base", {"one": "org/one"}, tmp_path / "adapter", as_adapter=True, rank=2)
+    address = away(upload, adapter, "me/adapter")
+    assert address.endswith(commit_of(hub, "me/adapter"))
+    factors = away(load_adapter, "me/adapter", "org/base")
+    assert factors and factors == away(load_adapter, str(adapter), "org/base")
+    assert away(load, "me/adapter", "one") == away(load, adapter, "one")
+    away(upload, merged, "me/adapter")  # of a whole model now nothing is left of the adapter
+    assert not [name for name in hub.files("me/adapter") if name.startswith("adapter_")]
+    assert away(load, "me/adapter", "one") == load(merged, "one")
 
 
 @pytest.mark.parametrize("task", [None, "one", "two"])

@@ -213,7 +213,7 @@ FIRING: dict[str, tuple[Facts, str, Any]] = {
     "language models, with rows": (facts("decoder", rows=500), "divmerge", LANGUAGE),
     "two language models": (facts("decoder", 2), "fda", DECODERS),
     "language models": (facts("decoder", 4), "fda", DECODERS),
-    "encoders, with rows": (facts(rows=999), "fda", WITH_DATA),
+    "encoders, with rows": (facts(rows=999), "distill", WITH_DATA),
     "encoders, with many rows": (facts(rows=1000), "distill", WITH_DATA),
     "two encoders": (facts(count=2), "fda", ENCODERS),
     "encoders": (facts(count=5), "isotropic", ENCODERS),
@@ -420,9 +420,10 @@ def test_rows_are_looked_at_by_what_takes_them(family: Family) -> None:
     data = dict.fromkeys(family.sources, TEXTS)
     held = {task: [{"text": text, "label": 0} for text in TEXTS] for task in family.sources}
     advice = hf_fda.advise(family.base, family.sources, data=data, try_data=held, keep=1, **QUIET)
-    first, second, third = sorted(advice.recommendations, key=lambda one: one.place)
-    assert (first.label, second.label, third.label) == ("fda with data", "divmerge granularity=tensor with data", "tsv")
-    assert first.tried is not None and second.cost.seconds is None and first.cost.seconds is not None
+    first, second, third, fourth = sorted(advice.recommendations, key=lambda one: one.place)
+    assert (first.label, second.label) == ("distill with data", "fda with data")
+    assert (third.label, fourth.label) == ("divmerge granularity=tensor with data", "tsv")
+    assert first.tried is not None and third.cost.seconds is None and first.cost.seconds is not None
     assert [own.rows for own in advice.facts.sources] == [15, 15, 15]
     assert "the table is of 128 rows a task; here one has 15" in advice.uncovered
 

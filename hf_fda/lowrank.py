@@ -163,6 +163,10 @@ RANDOMISED = 1024
 """A dense matrix whose smaller side is longer is decomposed by random projection where little of it is kept."""
 
 
+SPARE, PASSES = 10, 4
+"""Random directions beyond those that are sought, and passes of subspace iteration."""
+
+
 def factorise(tensor: LowRank | Tensor, budget: Budget, limit: int) -> Factored:
     """The nearest product of thin factors within a budget.
 
@@ -189,16 +193,29 @@ def factorise(tensor: LowRank | Tensor, budget: Budget, limit: int) -> Factored:
     return Factored(found.truncated(rank), found.error(rank), float(found.s.square().sum()) ** 0.5)
 
 
-def _randomised(matrix: Tensor, shape: Sequence[int], budget: Budget, kept: int) -> Factored:
-    """By subspace iteration from a few more random directions than are kept (Halko et al., arXiv 0909.4061)."""
+def leading_spectrum(matrix: Tensor, count: int, shape: Sequence[int] | None = None) -> Spectrum:
+    """The leading singular directions of a dense matrix, and a few more that are less exact: by subspace iteration from
+    random directions, which are the same each time (Halko et al., arXiv 0909.4061).
+
+    Args:
+        matrix: (..., d_out, d_in).
+        count: how many are wanted.
+        shape: of the tensor that the matrix is; None: its own.
+    """
     generator = torch.Generator(matrix.device).manual_seed(0)
-    size = (*matrix.shape[:-2], matrix.shape[-1], min(kept + 10, min(matrix.shape[-2:])))
+    size = (*matrix.shape[:-2], matrix.shape[-1], min(count + SPARE, min(matrix.shape[-2:])))
     basis = torch.randn(size, generator=generator, device=matrix.device, dtype=matrix.dtype)
     left = torch.linalg.qr(matrix @ basis)[0]
-    for _ in range(4):
+    for _ in range(PASSES):
         left = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ left)[0])[0]
     u, s, vh = torch.linalg.svd(left.mT @ matrix, full_matrices=False)
-    found = Spectrum(left @ u, s, vh, tuple(shape))
+    return Spectrum(left @ u, s, vh, tuple(matrix.shape if shape is None else shape))
+
+
+def _randomised(matrix: Tensor, shape: Sequence[int], budget: Budget, kept: int) -> Factored:
+    """The nearest product of a large matrix by the random way."""
+    found = leading_spectrum(matrix, kept, shape)
+    s = found.s
     of_each = matrix.square().sum((-2, -1), keepdim=True).squeeze(-1).double()
     whole, rank = float(of_each.sum()), kept
     if budget.energy is not None:

@@ -10,16 +10,13 @@ from torch import Tensor
 
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.inputs import Inputs
-from hf_fda.lowrank import LowRank, spectrum
+from hf_fda.lowrank import LowRank, leading_spectrum, spectrum
 
 MATRICES = 12
 """Matrices that are looked at, evenly spread over those that all sources move."""
 
 COUNT = 16
 """Leading directions of a matrix, at most a quarter of what it has."""
-
-SPARE, PASSES = 10, 4
-"""Random directions beyond those that are sought, and passes of subspace iteration, for a dense matrix."""
 
 NEGLIGIBLE = 1e-6
 """Singular values below this fraction of the largest have no direction of their own in float32."""
@@ -81,23 +78,12 @@ def coincidence(one: Leading, other: Leading) -> float:
 def leading(task: LowRank | Tensor, count: int) -> Leading | None:
     """The leading singular directions of a task matrix; None where it is zero.
 
-    Of a dense matrix by subspace iteration from random directions (Halko et al., arXiv 0909.4061).
-
     Args:
         task: (d_out, d_in), dense or in thin factors.
         count: how many directions, at most.
     """
-    if isinstance(task, LowRank):
-        found = spectrum(task)
-        u, s, vh = found.u, found.s, found.vh
-    else:
-        generator = torch.Generator().manual_seed(0)
-        basis = torch.randn(task.shape[1], min(count + SPARE, *task.shape), generator=generator, dtype=task.dtype)
-        left = torch.linalg.qr(task @ basis)[0]
-        for _ in range(PASSES):
-            left = torch.linalg.qr(task @ torch.linalg.qr(task.mT @ left)[0])[0]
-        u, s, vh = torch.linalg.svd(left.mT @ task, full_matrices=False)
-        u = left @ u
+    found = spectrum(task) if isinstance(task, LowRank) else leading_spectrum(task, count)
+    u, s, vh = found.u, found.s, found.vh
     kept = min(count, int((s > NEGLIGIBLE * s[0]).sum())) if s[0] > 0 else 0
     return Leading(u[:, :kept], vh[:kept].mT) if kept else None
 

@@ -29,6 +29,7 @@ from hf_fda.advising.facts import Facts, SourceFacts, kind_of, merged_names
 from hf_fda.advising.overlap import Overlap, Sums, measure
 from hf_fda.advising.rules import RULES, rule_for
 from hf_fda.advising.trying import totals
+from hf_fda.analysis import from_gram
 from hf_fda.checkpoint.reader import FileCheckpoint
 from hf_fda.cli import main
 from hf_fda.errors import InputError
@@ -104,8 +105,9 @@ def test_sums_of_parts_are_those_of_the_whole() -> None:
     for part in rows.split(40, dim=1):
         sums.add(part[0], part[1:])
     expected = torch.nn.functional.cosine_similarity(rows[1:, None], rows[None, 1:], dim=-1)
-    torch.testing.assert_close(torch.tensor(sums.cosines(), dtype=torch.float64), expected)
-    assert sums.norms() == pytest.approx(rows[1:].norm(dim=1).tolist())
+    alike = from_gram(["a", "b", "c"], sums.products)
+    torch.testing.assert_close(torch.tensor(alike.cosines, dtype=torch.float64), expected)
+    assert alike.norms == pytest.approx(rows[1:].norm(dim=1).tolist())
     opposed = float((rows[1, 30:] * rows[2, 30:] < 0).double().mean())
     assert sums.conflicts()[0][1] == pytest.approx(opposed)
 

@@ -149,9 +149,7 @@ def _check(
     if try_data is None and (metrics is not None or try_rows is not None):
         raise InputError("metrics and try_rows are of held-out rows; give these (try_data, --try), or leave them out")
     if isinstance(data, str) and data != ANCHORS:
-        raise InputError(
-            f"data: must be a mapping from task name to rows, such as {{'task': 'rows.jsonl'}}, not '{data}'"
-        )
+        check_wants_data(FDAConfig(), data)
 
 
 def _short_list(found: Sequence[Candidate], keep: int, own: Proposal | None) -> list[Candidate]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_fda.advising.directions import Directions, Matrix, compare, plain
+from hf_fda.analysis.similarities import from_gram
 from hf_fda.inputs import Inputs
 from hf_fda.streaming.taskvectors import StoredPart, TaskVectors
 from hf_fda.streaming.tensorwise import parts_of
@@ -68,16 +69,6 @@ class Sums:
         self.both += moved @ moved.T
         self.signs += signs @ signs.T
 
-    def norms(self) -> tuple[float, ...]:
-        """Frobenius norms of the task vectors."""
-        return tuple(self.products.diagonal().sqrt().tolist())
-
-    def cosines(self) -> Matrix:
-        """Between the task vectors; 0 where one is zero."""
-        norms = self.products.diagonal().sqrt()
-        lengths = norms[:, None] * norms
-        return plain(torch.where(lengths > 0, self.products / lengths.clamp_min(1e-300), 0.0).clamp(-1, 1))
-
     def conflicts(self) -> Matrix:
         """Share of the entries that both move in which the signs differ; 0 where there are none."""
         return plain((self.both - self.signs) / 2 / self.both.clamp_min(1))
@@ -100,13 +91,13 @@ def measure(inputs: Inputs, names: Sequence[str], limit: int = LIMIT) -> Overlap
         _add(sums, vectors.stored(name, part))
         read += part.stop - part.start
     still = sum(prod(inputs.base.shape(name)) for name in names if name not in set(moved))
-    norms, base = sums.norms(), math.sqrt(sums.base)
+    alike, base = from_gram([source.name for source in sources], sums.products), math.sqrt(sums.base)
     directions = compare(inputs, moved)
     return Overlap(
-        names=tuple(source.name for source in sources),
-        norms=norms,
-        relative=tuple(norm / base if base else 0.0 for norm in norms),
-        cosines=sums.cosines(),
+        names=alike.names,
+        norms=alike.norms,
+        relative=tuple(norm / base if base else 0.0 for norm in alike.norms),
+        cosines=alike.cosines,
         conflicts=sums.conflicts(),
         directions=directions,
         read=(read + still) / total if total else 1.0,

@@ -12,8 +12,9 @@ from torch import Tensor
 from hf_fda.analysis.charts import Axes, Chart, lines, table
 from hf_fda.analysis.forecasts import Forecast, seconds_of
 from hf_fda.analysis.gradients import anchor_gradients
+from hf_fda.analysis.interference import Words, interference_charts
 from hf_fda.analysis.report import Section
-from hf_fda.analysis.similarities import from_gram, gram
+from hf_fda.analysis.similarities import gram
 from hf_fda.analysis.spectra import Spectrum, spectrum
 from hf_fda.analysis.subspaces import projection_energy
 from hf_fda.anchors.builder import AnchorBuilder
@@ -32,6 +33,15 @@ SHARE = 16
 
 COMPARED = 2
 """Spectra that take as long as comparing the directions of one source with those of another."""
+
+GRADIENTS = Words(
+    "gradient-interference",
+    "Cosines of the gradients that anchors induce",
+    "Over all blocks: below zero, two sources pull the base in opposite directions.",
+    "Induced gradients by block",
+    "induced gradients",
+    "block",
+)
 
 COPIES = 4
 """Float64 copies of a block's anchors that its decomposition holds."""
@@ -261,26 +271,7 @@ def _step_charts(seen: AnchorsSeen) -> list[Chart]:
 def _comparisons(seen: AnchorsSeen) -> list[Chart]:
     names, charts = list(seen.spectra), []
     if seen.products:
-        whole = from_gram(names, torch.stack(list(seen.products.values())).sum(0))
-        by_block = [from_gram(names, own).mean for own in seen.products.values()]
-        charts += [
-            table(
-                "gradient-interference",
-                "Cosines of the gradients that anchors induce",
-                "Over all blocks: below zero, two sources pull the base in opposite directions.",
-                ("source", "source", "cosine"),
-                names,
-                dict(zip(names, whole.cosines, strict=True)),
-                limit=1.0,
-            ),
-            lines(
-                "gradient-interference-by-block",
-                "Induced gradients by block",
-                "The mean cosine of two different sources.",
-                Axes("block, from the first", "mean cosine"),
-                {"induced gradients": ([float(number) for number in range(len(by_block))], by_block)},
-            ),
-        ]
+        charts += interference_charts(GRADIENTS, names, list(seen.products.values()))
     if seen.overlaps:
         mean = torch.stack(list(seen.overlaps.values())).mean(0).tolist()
         charts.append(

@@ -5,16 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
-from hf_fda.analysis.charts import Axes, Chart, lines, table
+from hf_fda.analysis.charts import Axes, Chart, lines
 from hf_fda.analysis.forecasts import Forecast, seconds_of
+from hf_fda.analysis.interference import Words, interference_charts
 from hf_fda.analysis.moves import Move, move
 from hf_fda.analysis.opened import OpenedMerge
 from hf_fda.analysis.report import Section
-from hf_fda.analysis.similarities import from_gram, gram
+from hf_fda.analysis.similarities import gram
 from hf_fda.progress import Progress
+
+TASK_VECTORS = Words(
+    "interference",
+    "Cosines of the task vectors",
+    "Over all shared tensors: near zero, sources change different things; below zero, they undo each other's work.",
+    "Task vectors by block",
+    "task vectors",
+    "part of the model",
+)
 
 
 @dataclass(frozen=True)
@@ -65,25 +74,5 @@ def section(opened: OpenedMerge, seen: MergeSeen) -> Section:
     ]
     names = [own.name for own in opened.sources]
     if len(names) > 1:
-        whole = from_gram(names, torch.stack(list(seen.products.values())).sum(0))
-        by_block = [from_gram(names, own).mean for own in seen.products.values()]
-        charts += [
-            table(
-                "interference",
-                "Cosines of the task vectors",
-                "Over all shared tensors: near zero, sources change different things; below zero, they undo each "
-                "other's work.",
-                ("source", "source", "cosine"),
-                names,
-                dict(zip(names, whole.cosines, strict=True)),
-                limit=1.0,
-            ),
-            lines(
-                "interference-by-block",
-                "Task vectors by block",
-                "The mean cosine of two different sources.",
-                Axes("part of the model, from the first", "mean cosine"),
-                {"task vectors": (places, by_block)},
-            ),
-        ]
+        charts += interference_charts(TASK_VECTORS, names, list(seen.products.values()))
     return Section("What the merge moved", "", tuple(charts))

@@ -171,23 +171,34 @@ def write_frame(folder: Path, info: AnchorsInfo, where: str = "PATH_OR_DATASET_I
         rows.append(row_of(block, shapes, info.dtype, facts) | {"bytes": path.stat().st_size})
         if facts["rounding"] is not None:
             rounding[block] = facts["rounding"].to_dict()
+    picture = _picture(folder, rows)
     info = replace(info, rounding=rounding)
     (folder / INDEX).parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / INDEX)
-    picture = _draw(folder, rows)
     (folder / "README.md").write_text(anchors_card(info, rows, where, picture), encoding="utf-8")
     (folder / MANIFEST).write_text(info.to_json(), encoding="utf-8")
     return info
 
 
-def _draw(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Draw the losses and the spectra of all blocks; the picture's file, None where it cannot be drawn."""
-    losses = {row["block"]: row["loss"] for row in rows}
-    spectra = {block: _spectrum(folder / unit_file(block)) for block in losses} if can_draw() else {}
+def _picture(folder: Path, rows: list[dict[str, Any]]) -> str | None:
+    """Draw the losses and the spectra of all blocks, unless that was done; the file, None where it cannot be drawn."""
+    path = folder / PICTURE
+    if path.is_file() and _indexed(folder, rows):
+        return PICTURE
+    path.unlink(missing_ok=True)
+    spectra = {row["block"]: _spectrum(folder / unit_file(row["block"])) for row in rows} if can_draw() else {}
     if not all(spectra.values()) or not spectra:
         return None
-    draw_construction(losses, spectra, folder / PICTURE)
+    draw_construction({row["block"]: row["loss"] for row in rows}, spectra, path)
     return PICTURE
+
+
+def _indexed(folder: Path, rows: list[dict[str, Any]]) -> bool:
+    """Whether an index of the same was written, which comes after the picture."""
+    try:
+        return read_index(folder / INDEX) == rows
+    except InputError:
+        return False
 
 
 def _spectrum(path: Path) -> list[float]:

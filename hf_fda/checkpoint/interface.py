@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -144,8 +144,3 @@ class ReadCheckpoint(ABC):
     def rank(self, name: str) -> int | None:
         """As `Checkpoint.rank`: none is known."""
         return None
-
-
-def read_all(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
-    """Several tensors of a checkpoint by name."""
-    return {name: checkpoint.read(name) for name in names}

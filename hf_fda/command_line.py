@@ -82,7 +82,7 @@ def _merge_flags(command: argparse.ArgumentParser, output_required: bool = False
     command.add_argument("--source", action="append", metavar="[TASK=]S", help="a fine-tune of the base; repeat")
     command.add_argument("--method", help="merge method (default fda); see hf-fda methods")
     command.add_argument(
-        "--data", action="append", metavar="TASK=ROWS", help="its rows: a file or dataset; or: anchors"
+        "--data", action="append", metavar="TASK=ROWS", help="its rows: a file or dataset; or: synthetic, anchors"
     )
     command.add_argument("--columns", action="append", metavar="TASK=A[,B]", help="its text, or both texts of a pair")
     command.add_argument("--split", action="append", metavar="TASK=SPLIT", help="of its dataset")

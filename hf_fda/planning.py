@@ -79,8 +79,9 @@ def plan(
         data: rows by task name, for methods that look at data; labels are not used. Of each task a `datasets.Dataset`,
             a list of texts or of rows, a `DataLoader`, a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder, a
             Hub dataset ("org/name", "org/name:config@revision"), or a mapping with `path` and any of `name`, `split`,
-            `revision`, `columns`, `prompt`, `target`, `rows` and `max_length`. "anchors": none, anchors take their
-            place (for `divmerge`).
+            `revision`, `columns`, `prompt`, `target`, `rows` and `max_length`. Without any: "synthetic"
+            (also for one task), rows drawn from what the token embeddings of a fine-tune of text show of the text that
+            it was tuned on, at most 128 a task unless the task's `rows` say more; "anchors", for `divmerge`.
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights: "float32", "bfloat16", "float16", "float64", or "auto" for the base's.
             The computation is in float32 where that is precise enough for one source of weight 1 to come out as it

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_fda.adapters import adapter_of
 from hf_fda.data.opening import OpenedData
-from hf_fda.data.request import ANCHORS
+from hf_fda.data.request import ANCHORS, SYNTHETIC
 from hf_fda.errors import InputError
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import MethodConfig
@@ -88,16 +88,19 @@ def check_wants_data(config: MethodConfig, data: Any) -> None:
     """Refuse data that a method does not look at, and a method that looks at data without any."""
     if data is not None and config.data == "never":
         raise InputError(f"data: method '{config.name}' merges from weights alone; leave it out")
-    if isinstance(data, str) and not (data == ANCHORS and config.takes_anchors):
-        way_out = f"or '{ANCHORS}'" if config.takes_anchors else "such as {'task': 'rows.jsonl'}"
-        raise InputError(f"data: must be a mapping from task name to rows, {way_out}, not '{data}'")
-    if data is None and config.data == "must":
-        instead = (
-            f"data='{ANCHORS}' makes do without any" if config.takes_anchors else "without any, 'fda' is the method"
+    words = (*((ANCHORS,) if config.takes_anchors else ()), SYNTHETIC)
+    if isinstance(data, str) and data not in words:
+        ways_out = " or ".join(f"'{word}'" for word in words)
+        raise InputError(
+            f"data: must be a mapping from task name to rows, such as {{'task': 'rows.jsonl'}}, or {ways_out}, "
+            f"not '{data}'"
         )
+    if data is None and config.data == "must":
+        anchors = f"data='{ANCHORS}' makes do without any, and " if config.takes_anchors else ""
         raise InputError(
             f"method '{config.name}' looks at unlabelled rows of every task: data={{'task': 'rows.jsonl'}} "
-            f"(--data task=rows.jsonl); {instead}"
+            f"(--data task=rows.jsonl); {anchors}data='{SYNTHETIC}' draws them from the weights of models of text; "
+            "without any, 'fda' is the method"
         )
 
 

@@ -235,7 +235,7 @@ def test_all_rules_are_tested_and_have_a_closed_form_and_options_that_exist() ->
         assert any(one.closed for one in rule.proposals) or rule.table is SHARED
         assert len({one.label for one in rule.proposals}) == len(rule.proposals)
         for one in rule.proposals:
-            assert resolve_method(one.method, one.options).data != "never" or not one.with_data
+            assert resolve_method(one.method, one.options).data != "never" or one.data is None
             assert one.cells
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from hf_fda.advising.costing import Cost
 from hf_fda.advising.evidence import Cell, grouped
 from hf_fda.advising.facts import KINDS, Facts, SourceFacts
-from hf_fda.advising.rules import labelled
+from hf_fda.advising.rules import Shown, labelled
+from hf_fda.data.request import SYNTHETIC
 from hf_fda.plans import readable_size
 from hf_fda.prediction import readable_time
 from hf_fda.printing import html_table, text_table
@@ -39,13 +40,13 @@ class Tried:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A way to merge: the method and the options that differ from its defaults, whether it looks at the given rows, its
+    """A way to merge: the method and the options that differ from its defaults, the rows that it looks at, its
     place by the rules (from 1), the reasons in words, the cells of measured tables that they rest on, what it is
     expected to cost, and what it did on held-out rows if it was tried."""
 
     method: str
     options: Mapping[str, Any]
-    with_data: bool
+    data: Shown | None
     place: int
     reasons: tuple[str, ...]
     cells: tuple[Cell, ...]
@@ -55,18 +56,20 @@ class Recommendation:
     @property
     def label(self) -> str:
         """What to call it."""
-        return labelled(self.method, self.options, self.with_data)
+        return labelled(self.method, self.options, self.data)
 
     @property
     def flags(self) -> str:
-        """The method as `hf-fda merge` takes it."""
+        """The method as `hf-fda merge` takes it, but for rows that were given."""
         options = [f"--{name.replace('_', '-')} {_said(value)}" for name, value in self.options.items()]
-        return " ".join([f"--method {self.method}", *options])
+        synthetic = [f"--data {SYNTHETIC}"] if self.data == SYNTHETIC else []
+        return " ".join([f"--method {self.method}", *options, *synthetic])
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The method as `hf_fda.merge` takes it, by keyword."""
-        return {"method": self.method, **self.options}
+        """The method as `hf_fda.merge` takes it, by keyword, but for rows that were given."""
+        synthetic = {"data": SYNTHETIC} if self.data == SYNTHETIC else {}
+        return {"method": self.method, **self.options, **synthetic}
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,10 +14,10 @@ from hf_fda.advising.advice import Advice
 from hf_fda.advising.candidates import Candidate, Planner, candidates
 from hf_fda.advising.coverage import uncovered
 from hf_fda.advising.facts import gather
-from hf_fda.advising.rules import Proposal, rule_for
+from hf_fda.advising.rules import Proposal, Shown, rule_for
 from hf_fda.advising.trying import check_held, try_out
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES
-from hf_fda.data.request import ANCHORS, Reading, check_number
+from hf_fda.data.request import ANCHORS, SYNTHETIC, Reading, check_number
 from hf_fda.errors import InputError
 from hf_fda.inputs import open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method
@@ -74,7 +74,8 @@ def advise(
         output: the folder in which candidates are merged, each in one of its own; the same call goes on where it
             stopped, and tries nothing twice. None: a temporary one.
         as_adapter: as there.
-        data: rows of every task, for the methods that look at data. "anchors" is for the user's own method.
+        data: rows of every task, for the methods that look at data. "anchors" and "synthetic" are for the user's own
+            method.
         device: as there.
         dtype: as there.
         seed: as there.
@@ -109,7 +110,7 @@ def advise(
         held = None if try_data is None else check_held(inputs, try_data, metrics, reading)
         own = None if method is None else _own(method, options, data)
         looking = FDAConfig()
-        opened = {} if data == ANCHORS else open_rows(data, inputs, looking, seed, trust_remote_code)
+        opened = {} if isinstance(data, str) else open_rows(data, inputs, looking, seed, trust_remote_code)
         facts = gather(inputs, opened, looking.rows or 0, settings.device)
         rule = rule_for(facts)
         found, notes = candidates(
@@ -148,7 +149,7 @@ def _check(
         raise InputError(f"options ({', '.join(options)}) are of a method of yours; name it, or leave them out")
     if try_data is None and (metrics is not None or try_rows is not None):
         raise InputError("metrics and try_rows are of held-out rows; give these (try_data, --try), or leave them out")
-    if isinstance(data, str) and data != ANCHORS:
+    if isinstance(data, str) and data not in (ANCHORS, SYNTHETIC):
         check_wants_data(FDAConfig(), data)
 
 
@@ -161,13 +162,14 @@ def _short_list(found: Sequence[Candidate], keep: int, own: Proposal | None) -> 
 def _own(method: str | MethodConfig, options: Mapping[str, Any], data: Any) -> Proposal:
     """A user's own method as a proposal; of a config object the options that differ from the defaults."""
     config = resolve_method(method, options)
-    with_data = data is not None and config.data != "never"
-    check_wants_data(config, data if with_data else None)
+    looks = data is not None and config.data != "never"
+    check_wants_data(config, data if looks else None)
+    shown: Shown | None = None if not looks else "synthetic" if data == SYNTHETIC else "given"
     fields = config.option_fields()
     stated = {name: plain(value) for name, value in options.items()}
     if isinstance(method, MethodConfig):
         stated = {name: value for name, value in config.options().items() if value != fields[name].default}
-    return Proposal(config.name, "your own", (), stated, with_data)
+    return Proposal(config.name, "your own", (), stated, shown)
 
 
 @contextmanager

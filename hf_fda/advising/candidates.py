@@ -57,7 +57,7 @@ class Planner:
             InputError: when it cannot merge these sources.
         """
         config = resolve_method(proposal.method, proposal.options)
-        data = self.data if proposal.with_data else None
+        data = self.data if proposal.data == "given" else proposal.data
         check_wants_data(config, data)
         folder = self.settings.output / slug(proposal.label)
         settings = replace(self.settings, output=new_folder(folder))
@@ -111,7 +111,7 @@ def candidates(
     found = []
     for place, number in enumerate(order, 1):
         (one, plan), reasons = planned[number], (planned[number][0].why, *against[number])
-        said = Recommendation(one.method, one.options, one.with_data, place, reasons, one.cells, costs[number])
+        said = Recommendation(one.method, one.options, one.data, place, reasons, one.cells, costs[number])
         found.append(Candidate(plan, said))
     return found, [f"not possible here: {error}" for error in refused]
 

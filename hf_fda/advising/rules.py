@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from hf_fda.advising.evidence import (
     ADAPTERS,
@@ -25,35 +25,38 @@ from hf_fda.advising.evidence import (
 )
 from hf_fda.advising.facts import Facts
 
+Shown = Literal["given", "synthetic"]
+"""Rows that a method looks at: those that a user gives, or such as are drawn from weights."""
+
 
 @dataclass(frozen=True)
 class Proposal:
     """A method with its options, why, and the cells of tables that say so.
 
-    `with_data` says whether it is to look at the rows that are given; `closed` whether it takes no learning.
+    `data` says which rows it is to look at, if any; `closed` whether it takes no learning.
     """
 
     method: str
     why: str
     cells: tuple[Cell, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    with_data: bool = False
+    data: Shown | None = None
     closed: bool = False
 
     @property
     def label(self) -> str:
         """What to call it."""
-        return labelled(self.method, self.options, self.with_data)
+        return labelled(self.method, self.options, self.data)
 
 
-def labelled(method: str, options: Mapping[str, Any], with_data: bool) -> str:
+def labelled(method: str, options: Mapping[str, Any], data: Shown | None = None) -> str:
     """What to call a method with options.
 
-    >>> labelled("fda", {"initial": "tsv"}, with_data=True)
-    'fda initial=tsv with data'
+    >>> labelled("fda", {"initial": "tsv"}, "given"), labelled("distill", {}, "synthetic")
+    ('fda initial=tsv with data', 'distill with synthetic data')
     """
     words = [method, *(f"{name}={value}" for name, value in options.items())]
-    return " ".join([*words, *(["with data"] if with_data else [])])
+    return " ".join([*words, *([] if data is None else ["with data" if data == "given" else f"with {data} data"])])
 
 
 @dataclass(frozen=True)
@@ -83,32 +86,32 @@ DISTILL_FEW = Proposal(
     "blocks matched one after the other on real hidden states: the most accurate merge of its table, and by far the "
     "nearest to the fine-tunes' answers",
     cells(WITH_DATA, "distill (one seed)", average="0.850", divergence="0.072", seconds="223"),
-    with_data=True,
+    data="given",
 )
 DIVMERGE = Proposal(
     "divmerge",
     "near to the most accurate, and answers nearer to the fine-tunes' than fda's, in little more than half of the time",
     cells(WITH_DATA, "divmerge, tensor", average="0.839", divergence="0.103", seconds="144"),
     {"granularity": "tensor"},
-    with_data=True,
+    data="given",
 )
 FDA_STATES = Proposal(
     "fda",
     "blocks matched on the real hidden states of the rows, each apart from the others: next to the most accurate",
     cells(WITH_DATA, "fda on real hidden states", average="0.844", divergence="0.118", seconds="252"),
-    with_data=True,
+    data="given",
 )
 DISTILL = Proposal(
     "distill",
     "with so many rows by far the most accurate merge of its table, and by far the nearest to the fine-tunes' answers",
     cells(WITH_DATA, "distill, 1,000 rows", average="0.864", divergence="0.048", seconds="699"),
-    with_data=True,
+    data="given",
 )
 FDA_MANY_STATES = Proposal(
     "fda",
     "blocks matched on the real hidden states of the rows, each apart from the others",
     cells(WITH_DATA, "fda on real hidden states, 1,000 rows", average="0.848", divergence="0.110", seconds="503"),
-    with_data=True,
+    data="given",
 )
 TSV = Proposal(
     "tsv", "a closed form, from weights alone, near to the best at any number of sources", TSV_ENCODER, closed=True
@@ -249,7 +252,7 @@ RULES: tuple[Rule, ...] = (
                 "weights learnt by divergence on the rows: lower perplexity than every average, on both kinds of text",
                 cells(LANGUAGE, "divmerge, tensor", news="102.18", questions="71.02"),
                 {"granularity": "tensor"},
-                with_data=True,
+                data="given",
             ),
             FDA_WUDI,
             TASK_ARITHMETIC_DECODER,

@@ -19,12 +19,16 @@ from hf_fda.data.files import TEXT_FILES, open_file
 from hf_fda.data.objects import IN_MEMORY, KINDS, open_object
 from hf_fda.data.processors import check_tokens
 from hf_fda.data.repositories import open_dataset, open_folder
-from hf_fda.data.request import HUB_ID, Given, Reading, as_given, is_path
+from hf_fda.data.request import HUB_ID, SYNTHETIC, Given, Reading, as_given, is_path
 from hf_fda.data.rows import Kind, TaskRows
+from hf_fda.data.synthetic import DRAWN, draw_from
 from hf_fda.data.tables import Table, described
 from hf_fda.errors import InputError, few, nearest
 from hf_fda.inputs import Inputs
 from hf_fda.progress import logger
+
+DRAWN_FROM = "synthetic, drawn from the source's weights"
+"""Where rows come from that nobody gave, in words."""
 
 TRIED = 20
 """How many rows are looked at, at most, for one that has something in it."""
@@ -53,11 +57,13 @@ class OpenedData:
     @property
     def summary(self) -> str:
         """Where the rows come from, and how many they are, in words."""
-        return self._said(str(self.record["path"]))
+        return self._said(DRAWN_FROM if self.drawn else str(self.record["path"]))
 
     @property
     def shown(self) -> str:
         """The same for readers elsewhere: of a file on a disk its own name alone."""
+        if self.drawn:
+            return self.summary
         path = str(self.record["path"])
         revision = f"@{self.record['revision']}" if self.on_hub and "revision" in self.record else ""
         return self._said(path + revision if self.on_hub else Path(path).name)
@@ -66,7 +72,12 @@ class OpenedData:
     def on_hub(self) -> bool:
         """Whether the rows are a dataset on the Hub."""
         path = str(self.record["path"])
-        return not path.endswith(IN_MEMORY) and not Path(path).expanduser().exists()
+        return not self.drawn and not path.endswith(IN_MEMORY) and not Path(path).expanduser().exists()
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the rows are no data, but drawn from the source's weights."""
+        return self.record["path"] == SYNTHETIC
 
     def _said(self, what: str) -> str:
         return what if self.count is None else f"{what}, {self.count:,} row{'s' if self.count > 1 else ''}"
@@ -109,15 +120,15 @@ def most_rows(data: Mapping[str, OpenedData], limit: int | None) -> int:
 
 
 def open_data(
-    data: Mapping[str, Any], inputs: Inputs, reading: Reading | None = None, of_all: bool = True
+    data: Mapping[str, Any] | str, inputs: Inputs, reading: Reading | None = None, of_all: bool = True
 ) -> dict[str, OpenedData]:
     """Open the rows of every source, and check that they can be encoded; no more rows are read than that takes.
 
     Args:
         data: by task name a file (.jsonl, .json, .csv, .tsv, .txt, .parquet), a folder of files or of `save_to_disk`, a
             dataset's id on the Hub ("org/name", "org/name:config", "org/name@revision"), a `datasets.Dataset`, a
-            DataLoader of encoded batches, a list of texts, mappings or images, or a mapping with one of these under
-            "path" and any of the other keys of `Given`.
+            DataLoader of encoded batches, a list of texts, mappings or images, a mapping with one of these under
+            "path" and any of the other keys of `Given`, or `SYNTHETIC`; that alone: of every source.
         inputs: base and sources.
         reading: how rows are read.
         of_all: whether every source has to have rows.
@@ -154,6 +165,8 @@ def fingerprint_of(kind: Kind, inputs: Sequence[Mapping[str, Tensor]], scored: S
 
 def _matched(data: Any, inputs: Inputs, of_all: bool) -> dict[str, Given]:
     """What is given for each source that has rows."""
+    if isinstance(data, str) and data == SYNTHETIC:
+        data = dict.fromkeys((source.name for source in inputs.weighted), SYNTHETIC)
     if not isinstance(data, Mapping) or hasattr(data, "num_rows"):
         raise InputError(f"data must be a mapping from task name to its rows, not {type(data).__name__}")
     names = [source.name for source in inputs.sources]
@@ -174,8 +187,12 @@ def _matched(data: Any, inputs: Inputs, of_all: bool) -> dict[str, Given]:
 
 def _open(inputs: Inputs, source: AlignedSource, given: Given, reading: Reading) -> tuple[OpenedData, Chosen]:
     taker = taker_of(source)
-    given = replace(given, rows=given.rows or reading.rows)
-    table = open_table(given, f"data of '{source.name}'")
+    if given.synthetic:
+        given = replace(given, rows=given.rows or min(reading.rows or DRAWN, DRAWN))
+        table = draw_from(inputs, source, taker, given, reading)
+    else:
+        given = replace(given, rows=given.rows or reading.rows)
+        table = open_table(given, f"data of '{source.name}'")
     chosen = choose_encoder(inputs, source, taker, table, given, reading)
     tried = _first_encoded(table, chosen.encoder)
     facts = {**table.facts, **chosen.facts} | ({"rows": given.rows} if given.rows else {})

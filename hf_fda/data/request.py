@@ -13,6 +13,9 @@ from hf_fda.errors import InputError, nearest
 ANCHORS = "anchors"
 """What a user says for data where anchors are to take its place."""
 
+SYNTHETIC = "synthetic"
+"""What a user says for data where rows are to be drawn from the sources' weights."""
+
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<name>[^@\s]+))?(?:@(?P<revision>\S+))?")
 """A dataset on the Hub: "org/name", "org/name:config", "org/name@revision", "org/name:config@revision"."""
 
@@ -64,6 +67,11 @@ class Given:
     rows: int | None = None
     max_length: int | None = None
     fingerprint: str | None = None
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether there are no rows, and such are to be drawn from the source's weights."""
+        return isinstance(self.path, str) and self.path == SYNTHETIC
 
     @property
     def named(self) -> tuple[str, ...]:

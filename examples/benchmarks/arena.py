@@ -7,7 +7,7 @@
 own heads (pooler and classifier), so that rows differ in the merged body alone. Printed: accuracy by task and on
 average, the divergence from what the fine-tunes answer (nats), seconds of the merge (for FDA: of construction and of
 adaptation), and the peak memory of its process. Anchors do not depend on where adaptation starts, so all FDA rows of
-one seed share theirs.
+one seed share theirs. Distillation is on synthetic rows: no row of this table looks at data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "isotropic 1.0": {"initial": "isotropic", "scaling": 1.0},
     "isotropic 3.0": {"initial": "isotropic", "scaling": 3.0},
 }
-"""Where FDA starts from."""
+"""Where FDA, and distillation on synthetic rows, start from."""
+SEEDED = ("fda", "distill")
 
 
 def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -47,6 +48,8 @@ def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         rows[f"isotropic {scaling}"] = {"method": "isotropic", "scaling": scaling}
     for start, options in STARTS.items():
         rows[f"fda from {start}"] = {"method": "fda", **options, **settings}
+    for start, options in STARTS.items():
+        rows[f"distill from {start}"] = {"method": "distill", "data": "synthetic", **options}
     return rows
 
 
@@ -113,7 +116,7 @@ def main() -> None:
         if options.only and not any(label.startswith(part) for part in options.only):
             continue
         runs, seconds, peaks = [], [], []
-        for seed in options.seeds if arguments["method"] == "fda" else [0]:
+        for seed in options.seeds if arguments["method"] in SEEDED else [0]:
             figures, peak = run_row(options, rows.names, label, arguments, seed)
             runs.append(rows.score_merged(options.work / slug(label, seed)))
             seconds.append(figures)
@@ -133,7 +136,7 @@ def run_row(
     """Do one row's merge; seconds (construction apart from the rest, for FDA) and peak bytes."""
     output = options.work / slug(label, seed)
     if arguments["method"] != "fda":
-        seconds, peak = in_process(merge_row, options.checkpoints, names, output, arguments)
+        seconds, peak = in_process(merge_row, options.checkpoints, names, output, {**arguments, "seed": seed})
         return [seconds], peak
     shared = options.work / slug("anchors", seed)
     figures = shared / "seconds.json"

@@ -52,9 +52,15 @@ LOOKING: dict[str, dict[str, Any]] = {
     "fda data": {"method": "fda"},
     "fda mixed": {"method": "fda", "with_data": "mixed"},
 }
-ON_ANCHORS: dict[str, dict[str, Any]] = {
-    f"anchors, divmerge {granularity}": {"method": "divmerge", "granularity": granularity, "data": "anchors"}
-    for granularity in ("task", "block", "tensor")
+WITHOUT_DATA: dict[str, dict[str, Any]] = {
+    **{
+        f"anchors, divmerge {granularity}": {"method": "divmerge", "granularity": granularity, "data": "anchors"}
+        for granularity in ("task", "block", "tensor")
+    },
+    **{
+        f"synthetic, {method}": {"method": method, "data": "synthetic"}
+        for method in ("divmerge", "adamerging", "regmean", "regmean_pp", "fisher", "fda", "distill")
+    },
 }
 CURVE = (
     "task_arithmetic 0.4",
@@ -175,7 +181,7 @@ def main() -> None:
         for count in options.rows if wanted(label) else ():
             runs = [table.merged(label, arguments, rows.names, seed, count) for seed in options.seeds]
             show(label, str(count), runs, rows.names)
-    for label, arguments in ON_ANCHORS.items():
+    for label, arguments in WITHOUT_DATA.items():
         if wanted(label):
             runs = [table.merged(label, arguments, rows.names, seed, None) for seed in options.seeds]
             show(label, "", runs, rows.names)

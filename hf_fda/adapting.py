@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from hf_fda.anchors import AnchorBuilder, Moves, UnitAnchors, adapt_unit
 from hf_fda.anchors.adaptation import Aim, objective_of
 from hf_fda.blocks import Unit, UnitCall
-from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.errors import RunError
 from hf_fda.lowrank import Budget, LowRank, factorise
 from hf_fda.merge_methods import FDAConfig, MethodConfig
@@ -20,8 +19,9 @@ from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
 from hf_fda.randomness import random_stream
+from hf_fda.states.lessons import Lesson
 from hf_fda.states.objective import Examples, StatesObjective, matched, shown
-from hf_fda.states.unit_states import Ragged, UnitStates
+from hf_fda.states.unit_states import Ragged
 from hf_fda.streaming.taskvectors import TaskVectors
 from hf_fda.streaming.tensorwise import apply_method
 from hf_fda.tensors import total
@@ -35,7 +35,7 @@ def adapted_unit(
     unit: Unit,
     found: Sequence[UnitAnchors],
     progress: Progress,
-    states: Sequence[tuple[AlignedSource, UnitStates]] = (),
+    lessons: Sequence[Lesson] = (),
 ) -> AdaptedUnit:
     """One merged unit, in float32 on the CPU.
 
@@ -46,7 +46,7 @@ def adapted_unit(
         unit: which.
         found: its anchors for every source that is matched on them.
         progress: whom to tell.
-        states: its real hidden states for every source that is matched on them.
+        lessons: its hidden states for every source that is matched on rows.
 
     Raises:
         RunError: naming the unit, when the loss becomes infinite or not a number.
@@ -56,7 +56,7 @@ def adapted_unit(
     assert config.adaptation_learning_rate is not None and config.interpolation is not None
     module, call = builder.load(plan.inputs.base.read, unit), builder.capture.calls[unit.name]
     moved = [anchors for anchors in found if anchors.moves]
-    real = _on_states(config, module, builder, unit, states, vectors)
+    real = _on_states(config, module, builder, unit, lessons, vectors)
     if not moved and not real:  # steps would only follow rounding noise
         moves = move_to_start(config, module, unit, vectors, plan.ranks)
         there = {path: value.detach().cpu() for path, value in module.named_parameters() if path not in moves.factors}
@@ -108,14 +108,16 @@ def _on_states(
     module: nn.Module,
     builder: AnchorBuilder,
     unit: Unit,
-    states: Sequence[tuple[AlignedSource, UnitStates]],
+    lessons: Sequence[Lesson],
     vectors: TaskVectors,
 ) -> list[Examples]:
-    """What a unit shall match on real hidden states, for the sources that move it, from the base's unit."""
+    """What a unit shall match on rows, for the sources that move it, from the base's unit."""
     examples = []
-    for source, own in states:
-        found = shown(module, builder.load(source.read, unit), own.to(builder.device), _power(config))
-        vectors.note_move(source.name, partial(bool, found is not None))
+    for lesson in lessons:
+        tuned, own = builder.load(lesson.source.read, unit), lesson.own.to(builder.device)
+        merged = None if lesson.merged is None else lesson.merged.to(builder.device)
+        found = shown(module, tuned, own, merged, _power(config))
+        vectors.note_move(lesson.source.name, partial(bool, found is not None))
         if found is not None:
             examples.append(found)
     return examples

@@ -3,66 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hf_fda.adapting import move_to_start
 from hf_fda.anchors import Adapted, adapt_unit
 from hf_fda.anchors.builder import load_unit
 from hf_fda.anchors.metric import shift_metric
 from hf_fda.blocks import Unit, UnitCall
-from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import logger
 from hf_fda.randomness import random_stream
+from hf_fda.states.lessons import Lesson
 from hf_fda.states.objective import Examples, StatesObjective, outputs
-from hf_fda.states.unit_states import UnitStates
 from hf_fda.streaming.taskvectors import TaskVectors
 from hf_fda.unit_files import AdaptedUnit
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a unit learns from one source: the hidden states that it takes on the source's rows in the source itself,
-    and in the merged model."""
-
-    source: AlignedSource
-    own: UnitStates
-    merged: UnitStates
-
-
-@dataclass(frozen=True)
-class MergedWeights:
-    """The merged model as far as it is made, in the form of one source's: of what is the source's own, that.
-
-    Args:
-        source: whose form, and whose head.
-        merged: gives a merged tensor by the base's name.
-    """
-
-    source: AlignedSource
-    merged: Callable[[str], Tensor]
-
-    @property
-    def layout(self) -> ModelLayout:
-        """The source's."""
-        return self.source.checkpoint.layout
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The source's."""
-        return self.source.checkpoint.names
-
-    def read(self, name: str) -> Tensor:
-        """One tensor by the source's name."""
-        own = {theirs: base_name for base_name, theirs in self.source.tensor_of.items()}.get(name)
-        return self.source.checkpoint.read(name) if own is None else self.merged(own)
 
 
 def distilled_unit(
@@ -117,6 +75,7 @@ def _examples(base: Checkpoint, unit: Unit, config: DistillConfig, lesson: Lesso
 
     The metric of "shift" is of the source's shift from the base on the source's own hidden states.
     """
+    assert lesson.merged is not None
     own, merged = lesson.own.to(device), lesson.merged.to(device)
     targets = outputs(load_unit(base.layout, lesson.source.read, unit, device), own.inputs, own.call)
     if config.distance != "shift":

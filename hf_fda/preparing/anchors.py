@@ -16,6 +16,7 @@ from hf_fda.merge_methods import FDAConfig
 from hf_fda.preparing.units import UnitPreparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
+from hf_fda.states.lessons import Lesson
 from hf_fda.states.pieces import Recordings
 from hf_fda.store import key_of
 from hf_fda.version import versions
@@ -70,9 +71,9 @@ class AnchorPreparation(UnitPreparation):
 
         def make() -> Callable[[Path], str]:
             found = self.anchors.of(unit)
-            shown = [(source, self.recordings.of(source.name, unit)) for source in self._shown(unit)]
+            lessons = [Lesson(source, self.recordings.of(source.name, unit)) for source in self._shown(unit)]
             adapted = adapted_unit(
-                self.plan, self.anchors.builder, self.run.vectors, unit, found, self.run.progress, shown
+                self.plan, self.anchors.builder, self.run.vectors, unit, found, self.run.progress, lessons
             )
             return adapted.write
 

@@ -59,16 +59,22 @@ def outputs(module: nn.Module, inputs: Ragged, call: UnitCall) -> Ragged:
     return Ragged.of(torch.cat(found), inputs.real)
 
 
-def shown(base: nn.Module, source: nn.Module, states: UnitStates, power: float | None) -> Examples | None:
+def shown(
+    base: nn.Module, source: nn.Module, own: UnitStates, merged: UnitStates | None, power: float | None
+) -> Examples | None:
     """The examples of one source on real hidden states; None where it does there what the base does.
 
     Args:
         base: the base's unit, which gives the shift.
         source: the source's unit.
-        states: of the source, on the device of both.
+        own: hidden states of the source, on the device of both.
+        merged: the merged model's on the same rows, to which the answers shall be the same; None: to the source's own.
         power: of the metric of distance "shift" (`shift_metric`); None for another distance.
     """
-    return matched(base, states.inputs, states.call, outputs(source, states.inputs, states.call), power)
+    found = matched(base, own.inputs, own.call, outputs(source, own.inputs, own.call), power)
+    if found is None or merged is None:
+        return found
+    return Examples(merged.inputs, found.targets, merged.call, found.factor)
 
 
 def matched(base: nn.Module, inputs: Ragged, call: UnitCall, targets: Ragged, power: float | None) -> Examples | None:

@@ -1,0 +1,130 @@
+"""The hidden states that units of the merged model take, where units are merged one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from hf_fda.assembly import rule_of
+from hf_fda.blocks import Unit, regions
+from hf_fda.checkpoint.alignment import AlignedSource
+from hf_fda.checkpoint.header import read_header, read_tensor
+from hf_fda.checkpoint.layout import ModelLayout
+from hf_fda.checkpoint.writer import save_tensors
+from hf_fda.lowrank import LowRank
+from hf_fda.running import Run
+from hf_fda.stages import Piece
+from hf_fda.states.lessons import Lesson
+from hf_fda.states.pieces import Recordings, path_in
+from hf_fda.states.recording import StatesRecorder
+from hf_fda.states.unit_states import UnitStates
+from hf_fda.store import key_of
+from hf_fda.unit_files import BLOCKS
+from hf_fda.version import versions
+
+REST = f"{BLOCKS}/rest.safetensors"
+"""Where the merged tensors lie that are in no unit, and that the hidden states of the merged model depend on."""
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """The merged model as far as it is made, in the form of one source's: of what is the source's own, that.
+
+    Args:
+        source: whose form, and whose head.
+        merged: gives a merged tensor by the base's name.
+    """
+
+    source: AlignedSource
+    merged: Callable[[str], Tensor]
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The source's."""
+        return self.source.checkpoint.layout
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The source's."""
+        return self.source.checkpoint.names
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by the source's name."""
+        own = {theirs: base_name for base_name, theirs in self.source.tensor_of.items()}.get(name)
+        return self.source.checkpoint.read(name) if own is None else self.merged(own)
+
+
+class Propagated:
+    """Hidden states of the merged model. They are not kept: for each unit they are computed from the rows again. That
+    costs as many passes over a block as there are blocks after it, which is little against the passes of training.
+
+    Args:
+        run: of a plan whose units are merged in the order of the model.
+        units: these, in their order.
+        recordings: the sources' own hidden states, with the rows in their parts.
+        adapted: gives a tensor of a finished unit by the base's name.
+    """
+
+    def __init__(
+        self, run: Run, units: Sequence[Unit], recordings: Recordings, adapted: Callable[[str], Tensor | LowRank]
+    ) -> None:
+        self.run, self.units, self.recordings, self.adapted = run, list(units), recordings, adapted
+        self.plan, self.base = run.plan, run.plan.inputs.base
+        self.unit_of = {name: unit for unit in units for name in unit.tensors}
+
+    def before(self, unit: Unit) -> list[Unit]:
+        """The units that are merged before one."""
+        return self.units[: self.units.index(unit)]
+
+    def lesson(self, source: AlignedSource, unit: Unit) -> Lesson:
+        """What a unit learns from a source with rows; the units before it are done."""
+        done = self.before(unit)
+        model = MergedWeights(source, lambda name: self._merged(name, done))
+        recorder = StatesRecorder(model, {unit.name: path_in(source, unit)}, self.plan.device)
+        rows = self.run.rows(source.name)
+        parts = [recorder.record(rows, numbers)[unit.name] for numbers in self.recordings.parts[source.name]]
+        return Lesson(source, self.recordings.of(source.name, unit), UnitStates.together(parts))
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of everything that determines what lies outside the units."""
+        recipes = self.plan.result.recipes
+        rules = {own: rule_of(recipes[name], self.plan.seed) for own, name in self._outside.items()}
+        return key_of("rest", rules, self.run.fingerprints, versions())
+
+    def rest(self) -> Piece:
+        """The work of merging what lies outside the units."""
+
+        def write(path: Path) -> str:
+            return save_tensors(path, {own: self._by_method(own) for own in self._outside})
+
+        return Piece("merge what lies outside the blocks", REST, self.key, 1.0, lambda: write)
+
+    @cached_property
+    def _outside(self) -> dict[str, str]:
+        """Merged tensors before and inside the blocks that are in no unit: the output's names by the base's."""
+        where, result = regions(self.base.layout), self.plan.result
+        return {
+            own: name
+            for name, own in result.base_names.items()
+            if name in result.recipes and result.recipes[name].rule == "method" and where[own] != "after"
+        }
+
+    def _by_method(self, own: str) -> Tensor:
+        config = self.plan.result.recipes[self._outside[own]].config
+        assert config is not None
+        return self.base.read(own).float() + self.run.vectors.merged_task(own, config)
+
+    def _merged(self, name: str, done: Sequence[Unit]) -> Tensor:
+        """A merged tensor by the base's name; of units that are not there yet the base's, which nothing runs with."""
+        if name in self._outside:
+            path = self.plan.output / REST
+            return read_tensor(path, read_header(path)[name])
+        if self.unit_of.get(name) in done:
+            found = self.adapted(name)
+            return found if isinstance(found, Tensor) else self.base.read(name) + found.dense()
+        return self.base.read(name)

@@ -170,7 +170,7 @@ def adaptation(
     """
     initial = config.initial if not isinstance(config.initial, (str, type(None))) else None
     shown = shown or Shown()
-    anchors = (config.num_anchors or 0) * sources if not shown.rows or config.with_data == "mixed" else 0
+    anchors = (config.num_anchors or 0) * sources if not shown.rows or config.with_data != "states" else 0
     examples, epochs = anchors + shown.rows, config.epochs or 0
     tokens = anchors * tokens_of(base, config) + shown.vectors
     steps = epochs * ceil(examples / (config.batch_size or 128))
@@ -191,8 +191,21 @@ def adaptation(
     return sum((merging(base, initial, name, sources) for name in unit.tensors), work)
 
 
-def distillation(base: Checkpoint, config: DistillConfig, unit: Unit, sources: int, shown: Shown, before: int) -> Work:
-    """All passes of distilling one unit, and those over the units before it that make its hidden states.
+def propagation(base: Checkpoint, unit: Unit, shown: Shown, before: int) -> Work:
+    """Passes over the units before one, which make the hidden states that it takes in the merged model, and over itself
+    and the source's own unit.
+
+    Args:
+        base: whose units they are.
+        unit: which.
+        shown: the real hidden states of all sources.
+        before: how many units lie before it.
+    """
+    return Work(flops=(before + 2) * 2 * shown.vectors * active_entries(base, unit.tensors))
+
+
+def distillation(base: Checkpoint, config: DistillConfig, unit: Unit, sources: int, shown: Shown) -> Work:
+    """All passes of distilling one unit on the hidden states of the merged model, once these are there.
 
     Args:
         base: whose unit it is.
@@ -200,13 +213,11 @@ def distillation(base: Checkpoint, config: DistillConfig, unit: Unit, sources: i
         unit: which.
         sources: number of sources.
         shown: the real hidden states of all of them.
-        before: how many units lie before it.
     """
     alike = FDAConfig(
         initial=config.initial, parametrization="coefficients", epochs=config.epochs, batch_size=config.batch_size
     )
-    passes = Work(flops=(before + 2) * 2 * shown.vectors * active_entries(base, unit.tensors))
-    return adaptation(base, alike, unit, sources, shown=shown) + passes
+    return adaptation(base, alike, unit, sources, shown=shown)
 
 
 def merging(base: Checkpoint, config: MethodConfig, name: str, sources: int) -> Work:

@@ -54,7 +54,7 @@ def _unit_stages(plan: Plan, config: UnitwiseConfig) -> list[int]:
         each = max(outputs(inputs.base, unit.tensors) for unit in plan.units)
         batch = int(4 * KEPT * each * (config.batch_size or 0) * states.positions)
     if isinstance(config, FDAConfig):
-        beside = states.learning(1) + batch if states.vectors else 0
+        beside = states.learning(2 if plan.propagates else 1) + batch if states.vectors else 0
         anchored = any(plan.anchored(source) for source in inputs.sources)
         found += [adaptation_bytes(inputs, config, unit, plan.ranks, anchored) + beside for unit in plan.units]
     if isinstance(config, DistillConfig):

@@ -71,7 +71,7 @@ def notes_of(
 
 def _shown(config: UnitwiseConfig, states: StatesFootprint) -> str:
     """What the merge does with rows of data, and what its estimates take them to be."""
-    place = "beside" if isinstance(config, FDAConfig) and config.with_data == "mixed" else "in place of"
+    place = "beside" if isinstance(config, FDAConfig) and config.with_data != "states" else "in place of"
     what = f" {place} anchors" if isinstance(config, FDAConfig) else ""
     return (
         f"blocks are matched on the real hidden states of rows{what}; memory and disk are those of "

@@ -22,6 +22,7 @@ from hf_fda.estimate import adapter_bytes, disk_bytes, peak_memory_bytes
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.learned import LearnedConfig
+from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.prediction import Prediction
 from hf_fda.printing import html_table
 from hf_fda.recipes import Heads, Output
@@ -79,10 +80,15 @@ class Plan:
         return tuple(source for source in self.inputs.sources if source.anchors is None and self.anchored(source))
 
     def anchored(self, source: Source) -> bool:
-        """Whether a source's anchors are looked at: without rows of data, or where both are mixed."""
+        """Whether a source's anchors are looked at: without rows of data, or where both are."""
         if self.anchoring is None:
             return False
-        return self.anchoring.with_data == "mixed" or source.name not in self.data
+        return self.anchoring.with_data != "states" or source.name not in self.data
+
+    @property
+    def propagates(self) -> bool:
+        """Whether units are merged in the order of the model, on what those before them make of rows."""
+        return isinstance(self.config, UnitwiseConfig) and self.config.propagates and bool(self.data)
 
     def sources_of(self, unit: Unit) -> tuple[Source, ...]:
         """The sources that have a unit."""

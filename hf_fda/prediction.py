@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from hf_fda import costs
+from hf_fda.blocks import Unit
 from hf_fda.costs import Work
 from hf_fda.errors import InputError
 from hf_fda.merge_methods import FDAConfig
@@ -99,20 +100,25 @@ def predict(plan: Plan, processes: int) -> Prediction:
         assert plan.anchoring is not None
         work = costs.construction(inputs.base, plan.anchoring, unit)
         constructing.append(speed.seconds(work, CONSTRUCTION_EFFICIENCY))
-    merging_units = processes
-    shown = StatesFootprint.of(inputs, config, plan.data).shown if isinstance(config, UnitwiseConfig) else None
-    if isinstance(config, FDAConfig):
-        for unit in plan.units:
-            work = costs.adaptation(inputs.base, config, unit, len(plan.sources_of(unit)), plan.ranks, shown)
-            adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
-    if isinstance(config, DistillConfig) and shown is not None:
-        merging_units = 1  # one after the other
+    if isinstance(config, UnitwiseConfig):
         for before, unit in enumerate(plan.units):
-            work = costs.distillation(inputs.base, config, unit, len(plan.sources_of(unit)), shown, before)
-            adapting.append(speed.seconds(work, ADAPTATION_EFFICIENCY))
+            adapting.append(speed.seconds(_matching(plan, config, unit, before), ADAPTATION_EFFICIENCY))
     writing = [speed.seconds(costs.writing(inputs, plan.result, shard)) for shard in plan.shards]
-    stages = (constructing, processes), (adapting, merging_units), (writing, processes)
+    matching = 1 if plan.propagates else processes  # one after the other
+    stages = (constructing, processes), (adapting, matching), (writing, processes)
     return Prediction(processes, *(makespan(seconds, count) for seconds, count in stages))
+
+
+def _matching(plan: Plan, config: UnitwiseConfig, unit: Unit, before: int) -> Work:
+    """The work of matching one unit, with so many before it, to what its sources do."""
+    base, sources = plan.inputs.base, len(plan.sources_of(unit))
+    shown = StatesFootprint.of(plan.inputs, config, plan.data).shown
+    if isinstance(config, DistillConfig):
+        work = costs.distillation(base, config, unit, sources, shown)
+    else:
+        assert isinstance(config, FDAConfig)
+        work = costs.adaptation(base, config, unit, sources, plan.ranks, shown)
+    return work + costs.propagation(base, unit, shown, before) if plan.propagates else work
 
 
 def makespan(seconds: Sequence[float], processes: int) -> float:

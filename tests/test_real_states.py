@@ -26,7 +26,7 @@ from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.data.rows import TaskRows
 from hf_fda.engine import run
 from hf_fda.errors import InputError, RunError
-from hf_fda.prediction import predict
+from hf_fda.prediction import Speed, predict
 from hf_fda.states import StatesRecorder, UnitStates
 from hf_fda.states.files import read_states, save_states
 from hf_fda.states.objective import Examples, StatesObjective, alike, outputs
@@ -205,10 +205,13 @@ def loader(task: int, count: int = 8) -> DataLoader[Any]:
 
 Classifiers = tuple[Path, dict[str, Path]]
 
+FDA: dict[str, Any] = {"num_anchors": 8, "steps": 5, "epochs": 3, "batch_size": 8}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fda": {"num_anchors": 8, "steps": 5, "epochs": 3, "batch_size": 8},
+    "fda": FDA,
+    "fda propagated": {**FDA, "with_data": "propagated"},
     "distill": {"epochs": 3, "batch_size": 8},
 }
+METHODS = list(SETTINGS)
 
 
 def merge(pair: Classifiers, output: Path, method: str, **changes: Any) -> Any:
@@ -216,7 +219,7 @@ def merge(pair: Classifiers, output: Path, method: str, **changes: Any) -> Any:
     base, sources = pair
     data = {task: loader(number) for number, task in enumerate(sources)}
     settings = {"device": "cpu", "quiet": True, "data": data, **SETTINGS[method], **changes}
-    return hf_fda.merge(base, sources, method=method, output=output, **settings)
+    return hf_fda.merge(base, sources, method=method.split()[0], output=output, **settings)
 
 
 def body(merged: Any) -> dict[str, Tensor]:
@@ -234,7 +237,7 @@ def close(one: Mapping[str, Tensor], two: Mapping[str, Tensor], atol: float) -> 
     return all(torch.allclose(one[name], two[name], rtol=0, atol=atol) for name in one if name.startswith("encoder."))
 
 
-@pytest.mark.parametrize("method", ["fda", "distill"])
+@pytest.mark.parametrize("method", METHODS)
 def test_one_source_at_full_scaling_stays_exact(method: str, classifiers: Classifiers, tmp_path: Path) -> None:
     base, sources = classifiers
     start = {"initial": "task_arithmetic", "scaling": 1.0, "rest": {"method": "task_arithmetic", "scaling": 1.0}}
@@ -243,7 +246,7 @@ def test_one_source_at_full_scaling_stays_exact(method: str, classifiers: Classi
     assert close(body(merged), encoder(sources["two"]), atol)
 
 
-@pytest.mark.parametrize("method", ["fda", "distill"])
+@pytest.mark.parametrize("method", METHODS)
 def test_identical_sources_give_themselves(method: str, classifiers: Classifiers, tmp_path: Path) -> None:
     base, sources = classifiers
     start = {"initial": "task_arithmetic", "scaling": 0.5, "rest": {"method": "task_arithmetic", "scaling": 0.5}}
@@ -251,7 +254,7 @@ def test_identical_sources_give_themselves(method: str, classifiers: Classifiers
     assert close(body(merged), encoder(sources["two"]), 1e-7)
 
 
-@pytest.mark.parametrize("method", ["fda", "distill"])
+@pytest.mark.parametrize("method", METHODS)
 def test_learning_brings_the_merged_model_nearer_to_its_sources(
     method: str, classifiers: Classifiers, tmp_path: Path
 ) -> None:
@@ -265,7 +268,7 @@ def test_learning_brings_the_merged_model_nearer_to_its_sources(
 
     def apart(epochs: int) -> float:
         start = {"initial": "task_arithmetic", "scaling": 0.3, "rest": "base"}
-        distance = "adaptation_distance" if method == "fda" else "distance"
+        distance = "distance" if method == "distill" else "adaptation_distance"
         options = {**start, distance: "mse", "epochs": epochs, "batch_size": 4}
         merged = merge((base, sources), tmp_path / f"{epochs}", method, **options)
         total = 0.0
@@ -294,13 +297,23 @@ def test_mixed_uses_anchors_and_states(classifiers: Classifiers, tmp_path: Path)
     assert not close(mixed, states, 1e-5) and not close(mixed, anchors, 1e-5) and not close(states, anchors, 1e-5)
 
 
-def test_without_data_nothing_of_rows_matters(classifiers: Classifiers, tmp_path: Path) -> None:
+def test_propagated_uses_anchors_and_what_the_merged_blocks_make(classifiers: Classifiers, tmp_path: Path) -> None:
+    options = {"epochs": 3, "batch_size": 8, "interpolation": 1.0}
+    found = body(merge(classifiers, tmp_path / "propagated", "fda propagated", **options))
+    assert len(list((tmp_path / "propagated" / "anchors").glob("*/blocks/*"))) == 6
+    mixed = body(merge(classifiers, tmp_path / "mixed", "fda", with_data="mixed", **options))
+    distilled = body(merge(classifiers, tmp_path / "distilled", "distill"))
+    assert not close(found, mixed, 1e-5) and not close(found, distilled, 1e-5)
+
+
+@pytest.mark.parametrize("with_data", ["mixed", "propagated"])
+def test_without_data_nothing_of_rows_matters(with_data: str, classifiers: Classifiers, tmp_path: Path) -> None:
     plain = body(merge(classifiers, tmp_path / "plain", "fda", data=None))
-    other = body(merge(classifiers, tmp_path / "other", "fda", data=None, with_data="mixed", rows=3))
+    other = body(merge(classifiers, tmp_path / "other", "fda", data=None, with_data=with_data, rows=3))
     assert close(plain, other, 0.0)
 
 
-@pytest.mark.parametrize("method", ["fda", "distill"])
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_it_goes_on_and_ends_in_the_same_bytes(
     method: str, classifiers: Classifiers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +322,7 @@ def test_killed_it_goes_on_and_ends_in_the_same_bytes(
 
     def stop(self: Any, filled: Any) -> Path:
         seen.append(filled.name)
-        if filled.name.endswith("layer.1.safetensors"):
+        if filled.name.endswith("layer.1.safetensors") and not filled.name.startswith("anchors/"):
             raise RunError("stopped")
         return step(self, filled)
 
@@ -338,14 +351,14 @@ def _merged_in_part(pair: Classifiers, output: Path, method: str) -> None:
     merge(pair, output, method)
 
 
-@pytest.mark.parametrize("method", ["fda", "distill"])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_make_the_bytes_of_one(method: str, classifiers: Classifiers, tmp_path: Path) -> None:
     merge(classifiers, tmp_path / "one", method)
     fork(_merged_in_part, classifiers, tmp_path / "both", method, processes=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "both")
 
 
-@pytest.mark.parametrize("method", ["fda", "distill"])
+@pytest.mark.parametrize("method", METHODS)
 def test_other_rows_are_another_merge(method: str, classifiers: Classifiers, tmp_path: Path) -> None:
     first = body(merge(classifiers, tmp_path / "out", method))
     data = {task: loader(number + 7) for number, task in enumerate(classifiers[1])}
@@ -388,20 +401,37 @@ def test_distil_refuses_what_it_cannot_do(classifiers: Classifiers, tmp_path: Pa
         hf_fda.plan(base, sources, "fda", output=tmp_path / "out", initial="distill")
 
 
-@pytest.mark.parametrize("method", ["fda", "distill"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_plan_says_what_states_need(method: str, classifiers: Classifiers, tmp_path: Path) -> None:
     base, sources = classifiers
 
     def planned(count: int) -> Any:
         data = {task: loader(number, count) for number, task in enumerate(sources)}
         options = {**SETTINGS[method], "rows": count}
-        return hf_fda.plan(base, sources, method, output=tmp_path / "out", data=data, device="cpu", **options)
+        return hf_fda.plan(base, sources, method.split()[0], tmp_path / "out", data=data, device="cpu", **options)
 
     few, many = planned(8), planned(4000)
     assert many.disk_bytes > few.disk_bytes and many.peak_memory_bytes > few.peak_memory_bytes
-    assert "anchors/" not in str(few)
+    anchored = method == "fda propagated"
+    assert ("anchors/" in str(few)) == anchored
     seconds = [predict(plan, 1) for plan in (few, many)]
-    assert seconds[0].construction == 0 and seconds[0].adaptation < seconds[1].adaptation
+    assert (seconds[0].construction > 0) == anchored and seconds[0].adaptation < seconds[1].adaptation
+
+
+def test_units_that_follow_each_other_gain_nothing_from_processes(
+    classifiers: Classifiers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_fda.prediction.measure_speed", lambda *_: Speed(1e9, 1e9, 1e9, 1e6))
+    base, sources = classifiers
+    data = {task: loader(number) for number, task in enumerate(sources)}
+
+    def ratio(with_data: str) -> float:
+        options = {**FDA, "with_data": with_data}
+        plan = hf_fda.plan(base, sources, "fda", tmp_path / "out", data=data, device="cpu", **options)
+        one, two = (predict(plan, processes).adaptation for processes in (1, 2))
+        return one / two
+
+    assert ratio("mixed") == pytest.approx(2) and ratio("propagated") == 1
 
 
 # -- coefficients --------------------------------------------------------------------------------------------------

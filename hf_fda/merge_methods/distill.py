@@ -62,6 +62,11 @@ class DistillConfig(UnitwiseConfig):
         0.5, "how much more the main directions of a source's shift count; 0: all alike", minimum=0
     )
 
+    @property
+    def propagates(self) -> bool:
+        """As `UnitwiseConfig.propagates`."""
+        return True
+
     def completed(self, names: Sequence[str], family: Family, all_thin: bool, rows: int) -> DistillConfig:
         """The config with every open option filled in.
 

@@ -17,7 +17,7 @@ AdaptationDistance = Literal["shift", "cosine", "mse", "mae"]
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["highest", "high", "medium"]
 Schedule = Literal["constant", "linear"]
-WithData = Literal["states", "mixed"]
+WithData = Literal["states", "mixed", "propagated"]
 Parametrization = Literal["coefficients", "parameters", "factors"]
 
 CONSTRUCTION_FIELDS = (
@@ -40,6 +40,9 @@ COEFFICIENT_EPOCHS = 20
 
 FACTOR_EPOCHS = 40
 """The same on thin factors, which a start of full rank has been cut to."""
+
+PROPAGATED_EPOCHS, PROPAGATED_BATCH = 10, 32
+"""Passes over few rows, and examples a step, where blocks are adapted one after the other: as in `distill`."""
 
 COEFFICIENT_STEP = 3e-2
 """Its step size, as a fraction of the sum of the task vectors' magnitudes, falling to zero."""
@@ -103,7 +106,7 @@ class FDAConfig(UnitwiseConfig):
         None,
         "how far the merge goes from its start (0) to the adapted parameters (1), on the straight line between them "
         "(between the factors, where these are stepped on); "
-        "none: half way from tsv and isotropic in text models unless on factors, else all the way",
+        "none: half way from tsv and isotropic in text models unless on factors or propagated, else all the way",
         minimum=0,
         maximum=1,
     )
@@ -119,12 +122,21 @@ class FDAConfig(UnitwiseConfig):
     )
     with_data: WithData = option(
         "states",
-        "what adaptation matches for a source with rows of data: the real hidden states of its blocks in place of "
-        "anchors, which are not constructed then; or mixed: both",
+        "what adaptation matches for a source with rows of data: states, the real hidden states of its blocks in place "
+        "of anchors, which are not constructed then; mixed: both; or propagated: both, but a block is given the hidden "
+        "states that the merged blocks before it make of the rows, one block after the other",
     )
     batch_size: int | None = option(
-        None, "anchors per adaptation step; none: 128, or a quarter of num_anchors where that is more", minimum=1
+        None,
+        "anchors and rows per adaptation step; none: 128 (32 where propagated), or a quarter of num_anchors where that "
+        "is more",
+        minimum=1,
     )
+
+    @property
+    def propagates(self) -> bool:
+        """As `UnitwiseConfig.propagates`; without rows there is nothing to propagate."""
+        return self.with_data == "propagated"
 
     def for_family(self, family: Family, hidden_size: int, rows: int = 0) -> FDAConfig:
         """The config with every open option filled in for this kind of model.
@@ -150,12 +162,17 @@ class FDAConfig(UnitwiseConfig):
             passes = FACTOR_EPOCHS if self.parametrization == "factors" else COEFFICIENT_EPOCHS
             chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else passes
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
+        propagates = self.propagates and rows > 0
+        if propagates:
+            chosen |= {"epochs": PROPAGATED_EPOCHS, "adaptation_learning_rate": COEFFICIENT_STEP}
         chosen["epochs"] = passes_over(rows, chosen["epochs"])
         # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903).
         # Cut to the rank of factors it holds that no longer.
         spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates and self.parametrization != "factors"
-        chosen["interpolation"] = 0.5 if spectral and family != "vision" else 1.0
-        chosen["batch_size"] = max(128, (self.num_anchors or chosen["num_anchors"]) // 4)
+        # What the merged blocks make of rows shows it.
+        chosen["interpolation"] = 0.5 if spectral and family != "vision" and not propagates else 1.0
+        batch = PROPAGATED_BATCH if propagates else 128
+        chosen["batch_size"] = max(batch, (self.num_anchors or chosen["num_anchors"]) // 4)
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 

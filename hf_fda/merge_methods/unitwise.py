@@ -25,6 +25,11 @@ class UnitwiseConfig(RowsConfig):
         None, "block, or the submodules of a block to merge one by one, such as mlp; by kind of model"
     )
 
+    @property
+    def propagates(self) -> bool:
+        """Whether units are merged in the order of the model, on what those before them make of rows."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit == ():

@@ -1,5 +1,5 @@
-"""The merge by functional dual anchors before its weights are written: anchors, or real hidden states where there are
-rows of data, then units adapted to them."""
+"""The merge by functional dual anchors before its weights are written: anchors, and hidden states where there are rows
+of data, then units adapted to them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hf_fda.anchors.pieces import Anchors
 from hf_fda.blocks import Unit
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.merge_methods import FDAConfig
+from hf_fda.preparing.propagated import Propagated
 from hf_fda.preparing.units import UnitPreparation
 from hf_fda.running import Run
 from hf_fda.stages import Piece
@@ -38,18 +39,21 @@ class AnchorPreparation(UnitPreparation):
     @property
     def count(self) -> int:
         """As `Preparation.count`."""
-        return self.anchors.count + self.recordings.count + len(self.units)
+        return self.anchors.count + self.recordings.count + self.plan.propagates + len(self.units)
 
     def stages(self, wanted: Container[str]) -> Iterator[Sequence[Piece]]:
         """As `Preparation.stages`: anchors and states of all units, then the units that are still to be written."""
         needed = [unit for unit in self.units if self.wanted(unit, wanted)]
+        if self.plan.propagates and needed:
+            needed = [*self.propagated.before(needed[-1]), needed[-1]]
         adaptations = [self._adaptation(unit) for unit in needed]
-        recorded = self.recordings.pieces() if not all(self.run.finished(adaptations)) else []
-        yield self.anchors.pieces() + recorded
+        shown = [*self.recordings.pieces(), *([self.propagated.rest()] if self.plan.propagates else [])]
+        done = all(self.run.finished(adaptations))
+        yield self.anchors.pieces() + ([] if done else shown)
         if self.run.team.main:
             self.anchors.frame()
-        self.skip(len(self.units) - len(needed) + self.recordings.count - len(recorded))
-        yield adaptations
+        self.skip(len(self.units) - len(needed) + (len(shown) if done else 0))
+        yield from [[piece] for piece in adaptations] if self.plan.propagates else [adaptations]
 
     @cached_property
     def anchors(self) -> Anchors:
@@ -61,6 +65,11 @@ class AnchorPreparation(UnitPreparation):
         """The hidden states of the sources that have rows."""
         return Recordings(self.run, {source.name: self.plan.units_of(source) for source in self.plan.inputs.sources})
 
+    @cached_property
+    def propagated(self) -> Propagated:
+        """The hidden states of the merged model, where units are adapted one after the other."""
+        return Propagated(self.run, self.units, self.recordings, self.adapted)
+
     def _shown(self, unit: Unit) -> list[AlignedSource]:
         """The sources whose hidden states of a unit are matched."""
         sources = [source.weights for source in self.plan.sources_of(unit) if source.name in self.plan.data]
@@ -71,7 +80,7 @@ class AnchorPreparation(UnitPreparation):
 
         def make() -> Callable[[Path], str]:
             found = self.anchors.of(unit)
-            lessons = [Lesson(source, self.recordings.of(source.name, unit)) for source in self._shown(unit)]
+            lessons = [self._lesson(source, unit) for source in self._shown(unit)]
             adapted = adapted_unit(
                 self.plan, self.anchors.builder, self.run.vectors, unit, found, self.run.progress, lessons
             )
@@ -81,10 +90,17 @@ class AnchorPreparation(UnitPreparation):
         cost = costs.adaptation(self.base, self.config, unit, sources, self.plan.ranks).weight
         return Piece(f"adapt {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make)
 
+    def _lesson(self, source: AlignedSource, unit: Unit) -> Lesson:
+        if self.plan.propagates:
+            return self.propagated.lesson(source, unit)
+        return Lesson(source, self.recordings.of(source.name, unit))
+
     def unit_key(self, unit: Unit) -> str:
         """As `UnitPreparation.unit_key`."""
-        anchors = self.anchors.keys(unit)
+        units = [*self.propagated.before(unit), unit] if self.plan.propagates else [unit]
+        anchors = [key for own in units for key in (own.name, *self.anchors.keys(own))]
         anchors += [self.recordings.key(source.name) for source in self._shown(unit)]
-        ranks = {name: self.plan.ranks[name] for name in unit.tensors if name in self.plan.ranks}
+        anchors += [self.propagated.key] if self.plan.propagates else []
+        ranks = {name: self.plan.ranks[name] for own in units for name in own.tensors if name in self.plan.ranks}
         facts = self.config.options(), ranks, anchors, self.run.fingerprints, self.plan.seed, versions()
         return key_of("unit", unit.name, *facts)

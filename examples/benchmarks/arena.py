@@ -7,7 +7,7 @@
 own heads (pooler and classifier), so that rows differ in the merged body alone. Printed: accuracy by task and on
 average, the divergence from what the fine-tunes answer (nats), seconds of the merge (for FDA: of construction and of
 adaptation), and the peak memory of its process. Anchors do not depend on where adaptation starts, so all FDA rows of
-one seed share theirs. Distillation is on synthetic rows: no row of this table looks at data.
+one seed share theirs. No row of the table looks at data: the last ones are on synthetic rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "isotropic 1.0": {"initial": "isotropic", "scaling": 1.0},
     "isotropic 3.0": {"initial": "isotropic", "scaling": 3.0},
 }
-"""Where FDA, and distillation on synthetic rows, start from."""
+"""Where FDA starts from."""
 SEEDED = ("fda", "distill")
 
 
@@ -48,8 +48,10 @@ def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         rows[f"isotropic {scaling}"] = {"method": "isotropic", "scaling": scaling}
     for start, options in STARTS.items():
         rows[f"fda from {start}"] = {"method": "fda", **options, **settings}
+    synthetic = {"data": "synthetic"}
     for start, options in STARTS.items():
-        rows[f"distill from {start}"] = {"method": "distill", "data": "synthetic", **options}
+        rows[f"synthetic, fda from {start}"] = {"method": "fda", "with_data": "propagated", **synthetic, **options}
+    rows["synthetic, distill from isotropic 3.0"] = {"method": "distill", **synthetic}
     return rows
 
 
@@ -142,7 +144,8 @@ def run_row(
     figures = shared / "seconds.json"
     if not figures.is_file():
         only = {**arguments, "initial": "base", "epochs": 0, "seed": seed}
-        only.pop("scaling", None)
+        for name in ("scaling", "data", "with_data"):
+            only.pop(name, None)
         seconds, peak = in_process(merge_row, options.checkpoints, names, shared, only)
         figures.write_text(json.dumps([seconds, peak]))
     construction, construction_peak = json.loads(figures.read_text())

@@ -215,7 +215,11 @@ def distillation(base: Checkpoint, config: DistillConfig, unit: Unit, sources: i
         shown: the real hidden states of all of them.
     """
     alike = FDAConfig(
-        initial=config.initial, parametrization="coefficients", epochs=config.epochs, batch_size=config.batch_size
+        initial=config.initial,
+        parametrization="coefficients",
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        with_data="states",
     )
     return adaptation(base, alike, unit, sources, shown=shown)
 

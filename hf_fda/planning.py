@@ -254,7 +254,8 @@ def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool, data: Mapp
         names, not without, all_thin=not thick, as_adapter=as_adapter, all_have_rest=not restless
     )
     size = hidden_size(inputs.base.config)
-    return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size, rows)
+    synthetic = any(own.drawn for own in data.values())
+    return agree_with_anchors(config, inputs).for_family(family_of(inputs.base.layout), size, rows, synthetic)
 
 
 def _anchoring(config: MethodConfig, inputs: Inputs, wanted: bool) -> FDAConfig | None:

@@ -138,6 +138,19 @@ def test_every_method_that_looks_at_data_takes_them(method: str, tmp_path: Path)
     assert all(value.isfinite().all() for value in merged.load().state_dict().values())
 
 
+def test_fda_takes_anchors_beside_synthetic_rows_and_none_beside_real_ones(tmp_path: Path) -> None:
+    places = family(tmp_path)
+    sources = {task: places[task] for task in TASKS}
+
+    def planned(data: Any, **options: Any) -> Any:
+        return hf_fda.plan(places["base"], sources, "fda", tmp_path / "merged", data=data, **options)
+
+    synthetic, real = planned("synthetic"), planned({task: ["good film", "the match"] for task in TASKS})
+    assert synthetic.config.with_data == "propagated" and len(synthetic.anchors_made) == 2
+    assert real.config.with_data == "states" and not real.anchors_made
+    assert planned("synthetic", with_data="mixed").config.with_data == "mixed"
+
+
 def test_embeddings_that_did_not_move_show_nothing(tmp_path: Path) -> None:
     places = family(tmp_path)
     tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "base")

@@ -120,11 +120,12 @@ class FDAConfig(UnitwiseConfig):
         "of the rest, and where full rank is allowed); "
         "none: coefficients, factors where an adapter is written, parameters where a source is anchors only",
     )
-    with_data: WithData = option(
-        "states",
+    with_data: WithData | None = option(
+        None,
         "what adaptation matches for a source with rows of data: states, the real hidden states of its blocks in place "
         "of anchors, which are not constructed then; mixed: both; or propagated: both, but a block is given the hidden "
-        "states that the merged blocks before it make of the rows, one block after the other",
+        "states that the merged blocks before it make of the rows, one block after the other; none: propagated on "
+        "synthetic rows, else states",
     )
     batch_size: int | None = option(
         None,
@@ -138,14 +139,18 @@ class FDAConfig(UnitwiseConfig):
         """As `UnitwiseConfig.propagates`; without rows there is nothing to propagate."""
         return self.with_data == "propagated"
 
-    def for_family(self, family: Family, hidden_size: int, rows: int = 0) -> FDAConfig:
+    def for_family(self, family: Family, hidden_size: int, rows: int = 0, synthetic: bool = False) -> FDAConfig:
         """The config with every open option filled in for this kind of model.
 
         Args:
             family: "vision", "encoder" (text) or "decoder".
             hidden_size: d of the blocks; from 1024 on a text model counts as large.
             rows: of data, of the task that has most; adaptation passes less often over many.
+            synthetic: whether any of these are drawn from weights.
         """
+        if self.with_data is None:
+            own = dataclasses.replace(self, with_data="propagated" if synthetic else "states")
+            return own.for_family(family, hidden_size, rows)
         large = hidden_size >= 1024 and family != "vision"
         chosen: dict[str, Any] = {
             "unit": ("mlp",) if family == "decoder" else ("block",),

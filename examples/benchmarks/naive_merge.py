@@ -159,15 +159,15 @@ def score_plain(rows: Rows, merged: Any) -> dict[str, Score]:
     return scores
 
 
-def package_merge(rows: Rows, seed: int) -> tuple[dict[str, Score], float]:
-    """Scores and CPU-seconds of `hf_fda.merge` with its defaults."""
+def package_merge(rows: Rows, seed: int, settings: dict[str, str]) -> tuple[dict[str, Score], float]:
+    """Scores and CPU-seconds of `hf_fda.merge`, with its defaults but for some options."""
     import hf_fda
 
     with tempfile.TemporaryDirectory() as folder:
         base = str(rows.checkpoints / "base")
         sources = {name: str(rows.checkpoints / name) for name in rows.names}
         begin = time.process_time()
-        hf_fda.merge(base, sources, output=f"{folder}/merged", seed=seed, device="cpu", quiet=True)
+        hf_fda.merge(base, sources, output=f"{folder}/merged", seed=seed, device="cpu", quiet=True, **settings)
         seconds = time.process_time() - begin
         return rows.score_merged(Path(folder) / "merged"), seconds
 
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60, help="of the plain adaptation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=1000, help="test rows a task at most")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="also merge with other options")
     parser.add_argument("--extrapolate", action="store_true", help="only time a few plain steps")
     options = parser.parse_args()
 
@@ -197,22 +198,28 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a bare model leaves the heads of the fine-tunes out
     rows = Rows(options.checkpoints, options.tasks, "test", options.limit, options.sources)
-    scores, own = package_merge(rows, options.seed)
-    print(f"hf_fda.merge, defaults: {own:.1f} CPU-seconds")
-    show("hf_fda.merge", scores)
+    merges: dict[str, dict[str, str]] = {"defaults": {}}
+    if options.set:
+        merges[", ".join(options.set)] = dict(item.split("=", 1) for item in options.set)
+    own: dict[str, float] = {}
+    for label, settings in merges.items():
+        scores, own[label] = package_merge(rows, options.seed, settings)
+        print(f"hf_fda.merge, {label}: {own[label]:.1f} CPU-seconds")
+        show(f"hf_fda.merge, {label}", scores)
     plain = PlainMerge(rows, options.seed)
     if options.extrapolate:
-        seconds, label = plain.extrapolate(options.steps, options.epochs), "EXTRAPOLATED "
+        seconds, mark = plain.extrapolate(options.steps, options.epochs), "EXTRAPOLATED "
         what = f"{PUBLISHED_STEPS} steps, {options.epochs} epochs, from {options.steps} steps of three units"
     else:
         merged, seconds = plain.merge(options.steps, options.epochs)
-        label, what = "", f"{options.steps} steps, {options.epochs} epochs"
+        mark, what = "", f"{options.steps} steps, {options.epochs} epochs"
     whole = sum(seconds.values())
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    print(f"{label}plain merge, {what}: {whole:.1f} CPU-seconds ({stages})")
+    print(f"{mark}plain merge, {what}: {whole:.1f} CPU-seconds ({stages})")
     if not options.extrapolate:
         show("plain merge", score_plain(rows, merged))
-    print(f"{label}plain / hf_fda.merge = {whole / own:.2f}", flush=True)
+    for name, spent in own.items():
+        print(f"{mark}plain / hf_fda.merge, {name} = {whole / spent:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def notes_of(
     if isinstance(config, FDAConfig) and config.parametrization == "factors":
         notes.append(_stepped_on(ranks or {}))
     if isinstance(config, UnitwiseConfig) and rows:
-        notes.append(_shown(config, StatesFootprint.of(inputs, config, rows)))
+        notes.append(_shown(config, StatesFootprint.of(inputs, config, rows), all(own.drawn for own in rows.values())))
     if isinstance(config, RegMeanConfig):
         notes.append(_solved(inputs, config, result))
     if isinstance(config, UnitwiseConfig) and config.rest == "base":
@@ -69,12 +69,13 @@ def notes_of(
     return notes
 
 
-def _shown(config: UnitwiseConfig, states: StatesFootprint) -> str:
-    """What the merge does with rows of data, and what its estimates take them to be."""
+def _shown(config: UnitwiseConfig, states: StatesFootprint, synthetic: bool) -> str:
+    """What the merge does with rows, and what its estimates take them to be."""
     place = "beside" if isinstance(config, FDAConfig) and config.with_data != "states" else "in place of"
     what = f" {place} anchors" if isinstance(config, FDAConfig) else ""
+    rows = "synthetic" if synthetic else "real"
     return (
-        f"blocks are matched on the real hidden states of rows{what}; memory and disk are those of "
+        f"blocks are matched on the hidden states of {rows} rows{what}; memory and disk are those of "
         f"{states.positions} positions a row"
     )
 

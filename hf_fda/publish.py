@@ -141,6 +141,7 @@ def card_facts(plan: Plan) -> dict[str, object]:
         "models": [pinned(own.id, own.commit) for one in checkpoints.values() for own in one.origins],
         "shown": {name: _shown(checkpoint, plan.inputs) for name, checkpoint in checkpoints.items()},
         "data": {task: rows.shown for task, rows in plan.data.items()},
+        "synthetic": bool(plan.data) and all(rows.drawn for rows in plan.data.values()),
         "datasets": [str(rows.record["path"]) for rows in plan.data.values() if rows.on_hub],
         "anchors": [source.name for source in plan.anchors_made],
         "versions": versions(),

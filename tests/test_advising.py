@@ -218,7 +218,7 @@ FIRING: dict[str, tuple[Facts, str, Any]] = {
     "encoders, with rows": (facts(rows=999), "distill", WITH_DATA),
     "encoders, with many rows": (facts(rows=1000), "distill", WITH_DATA),
     "two encoders": (facts(count=2), "fda", ENCODERS),
-    "encoders": (facts(count=5), "isotropic", ENCODERS),
+    "encoders": (facts(count=5), "fda", ENCODERS),
 }
 
 
@@ -360,7 +360,8 @@ def test_what_cannot_be_done_is_left_out_and_said(classifiers: Any, monkeypatch:
     monkeypatch.setattr("hf_fda.advising.candidates.make_plan", picky)
     advice = hf_fda.advise(base, sources, **QUIET)
     assert [one.label for one in advice.recommendations] == ["fda"]
-    assert advice.notes == ("not possible here: no isotropic of these", "not possible here: no tsv of these")
+    assert advice.notes[1:] == ("not possible here: no isotropic of these", "not possible here: no tsv of these")
+    assert "has tokenizer files" in advice.notes[0]  # for synthetic rows
     with pytest.raises(InputError, match="no ties of these"):
         hf_fda.advise(base, sources, "ties", **QUIET)
 
@@ -404,9 +405,10 @@ OWN: dict[str, Any] = {"method": "task_arithmetic", "scaling": -2.0}
 def test_what_does_best_on_held_out_rows_comes_first(family: Family, tmp_path: Path, suited: dict[str, Any]) -> None:
     right = hf_fda.merge(family.base, family.sources, output=tmp_path / "right", **QUIET, **suited)
     held = family.rows_that_suit(right)
-    advice = hf_fda.advise(family.base, family.sources, try_data=held, keep=1, **QUIET, **OWN)
-    first, second, *others = advice.recommendations
-    assert {first.label, second.label} == {"isotropic scaling=3.0", "task_arithmetic scaling=-2.0"}
+    advice = hf_fda.advise(family.base, family.sources, try_data=held, keep=2, **QUIET, **OWN)
+    first, second, third, *others = advice.recommendations
+    labels = {"fda with synthetic data", "isotropic scaling=3.0", "task_arithmetic scaling=-2.0"}
+    assert {first.label, second.label, third.label} == labels and third.tried is not None
     assert first.method == suited["method"]
     assert first.tried is not None and second.tried is not None
     assert first.tried.score == 1 and set(first.tried.scores.values()) == {1}
@@ -436,7 +438,9 @@ def test_a_method_of_ones_own_may_be_a_config(family: Family) -> None:
     assert advice.recommendations[-1].options["epochs"] == 1
     assert advice.recommendations[-1].reasons == ("your own",)
     same = hf_fda.advise(family.base, family.sources, "tsv", **QUIET)
-    assert [one.method for one in same.recommendations] == ["isotropic", "fda", "tsv"]
+    assert [one.label for one in same.recommendations] == [
+        *("fda with synthetic data", "isotropic scaling=3.0", "fda", "tsv")
+    ]
 
 
 def test_what_was_tried_is_not_done_again(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

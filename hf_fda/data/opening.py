@@ -92,7 +92,8 @@ class OpenedData:
         encoded = [row for row in map(self.encoder, found) if row is not None]
         if not encoded:
             raise nothing_in(self.table, len(found))
-        report_rows(self.table.label, len(found), len(encoded), [row.length for row in encoded if row.cut])
+        cut = [row.length for row in encoded if row.cut and not self.drawn]
+        report_rows(self.table.label, len(found), len(encoded), cut)
         inputs = [row.inputs for row in encoded]
         scored = [row.scored for row in encoded if row.scored is not None] or None
         fingerprint = fingerprint_of(self.kind, inputs, scored)

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tsv 1.2": {"method": "tsv", "scaling": 1.2},
     "isotropic 3.0": {"method": "isotropic", "scaling": 3.0},
     "fda": {"method": "fda"},
+    "fda, synthetic rows": {"method": "fda", "data": "synthetic"},
 }
 BUDGETS: dict[str, dict[str, Any]] = {
     "10 steps, 5 passes": {"steps": 10, "epochs": 5},
@@ -76,7 +77,7 @@ def by_sources(merges: Merges, seeds: Sequence[int]) -> dict[str, dict[int, list
             start = turn * len(names) // len(seeds)
             chosen = sorted((names * 2)[start : start + count])
             for label, arguments in METHODS.items():
-                given = {"anchors": merges.anchors(chosen, seed)} if label == "fda" else {}
+                given = {"anchors": merges.anchors(chosen, seed)} if arguments["method"] == "fda" else {}
                 accuracy, _ = merges.score(chosen, seed, arguments, **given)
                 found[label].setdefault(count, []).append(accuracy)
     return found
@@ -85,8 +86,9 @@ def by_sources(merges: Merges, seeds: Sequence[int]) -> dict[str, dict[int, list
 def by_seconds(merges: Merges, seed: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds and accuracies by method or budget."""
     names = merges.rows.names
-    plain = {label: arguments for label, arguments in METHODS.items() if label != "fda"}
+    plain = {label: arguments for label, arguments in METHODS.items() if arguments["method"] != "fda"}
     budgets = {f"fda, {label}": {"method": "fda", **budget} for label, budget in BUDGETS.items()}
+    plain["fda, synthetic rows"] = METHODS["fda, synthetic rows"]
     found: dict[str, list[tuple[float, float]]] = {}
     for label, arguments in {**plain, **budgets}.items():
         accuracy, seconds = merges.score(names, seed, arguments)
@@ -111,7 +113,7 @@ def draw(
         left.plot(counts, means, "o-" if label == "fda" else "o--", label=label)
     left.set(xlabel="sources merged", ylabel="average test accuracy", xticks=list(next(iter(sources.values()))))
     figure.legend(loc="outside lower center", ncols=len(sources))
-    budgets = [found for label, found in seconds.items() if label.startswith("fda")]
+    budgets = [found for label, found in seconds.items() if label.endswith("passes")]
     line = [tuple(statistics.mean(column) for column in zip(*found, strict=True)) for found in budgets]
     right.plot(*zip(*line, strict=True), "o-", color=f"C{list(sources).index('fda')}")
     for number, label in enumerate(sources):

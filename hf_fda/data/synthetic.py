@@ -71,8 +71,8 @@ def seen_by(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokeni
     if shift is None or not bool(shift.max() > 0):
         raise InputError(
             f"source '{source.name}' ({source.checkpoint.id}): its token embeddings are the base's (they were frozen, "
-            "or it is an adapter), so nothing shows what text it was fine-tuned on; give rows of its task: "
-            f"data={{'{source.name}': ...}} (--data {source.name}=...)"
+            "or it is an adapter), so nothing shows what text it was fine-tuned on; give rows of its task "
+            f"(data={{'{source.name}': ...}}, --data {source.name}=...), or leave data out: 'fda' needs none"
         )
     others = [(path, own) for path, own in model.named_modules() if isinstance(own, nn.Embedding) and own is not tokens]
     positions = longest_text(base.layout)
@@ -102,7 +102,7 @@ def draw_from(inputs: Inputs, source: AlignedSource, taker: Taker, given: Given,
     if taker.form.takes != "text":
         raise InputError(
             f"{taker.label} takes images, and only of text do weights show what they were tuned on; give rows of its "
-            f"task: data={{'{source.name}': ...}} (--data {source.name}=...)"
+            f"task (data={{'{source.name}': ...}}, --data {source.name}=...), or leave data out: 'fda' needs none"
         )
     tokenizer = tokenizer_of(inputs, source, reading.trust_remote_code)
     limits = (given.max_length or reading.max_length, tokenizer.model_max_length, taker.limit)

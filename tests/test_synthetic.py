@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as t
 from conftest import IMAGE, TEXT, fine_tune
-from vocabularies import save, wordpiece
+from vocabularies import bpe, llama, save, wordpiece
 
 import hf_fda
 from hf_fda.cli import main
@@ -137,6 +137,22 @@ def test_every_method_that_looks_at_data_takes_them(method: str, tmp_path: Path)
     sources = {task: places[task] for task in TASKS}
     merged = hf_fda.merge(places["base"], sources, method, tmp_path / "merged", data="synthetic", rows=8, quiet=True)
     assert all(value.isfinite().all() for value in merged.load().state_dict().values())
+
+
+def test_language_models_see_text_of_what_they_moved_most(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    base = llama(len(tokenizer), tokenizer)
+    tuned = fine_tune(base, seed=1)
+    words = tokenizer(" the quick brown fox")["input_ids"]
+    with torch.no_grad():  # an output layer's gradient moves every row a little
+        theirs = base.get_input_embeddings().weight
+        own = tuned.get_input_embeddings().weight.copy_(theirs + 1e-3 * torch.randn_like(theirs))
+        own[words] += torch.randn(len(words), theirs.shape[1])
+    places = {"base": save(tmp_path / "base", base, tokenizer), "one": save(tmp_path / "one", tuned, tokenizer)}
+    rows = rows_of({name: str(place) for name, place in places.items()}, rows=30)["one"]
+    assert rows.kind == "tokens" and rows.scored is not None and all(own.any() for own in rows.scored)
+    ids = torch.cat([row["input_ids"] for row in rows.inputs])
+    assert float(torch.isin(ids, torch.tensor(words)).double().mean()) > 0.8
 
 
 def test_fda_takes_anchors_beside_synthetic_rows_and_none_beside_real_ones(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,8 @@ def seen_by(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokeni
     Raises:
         InputError: when the source's token embeddings are the base's.
     """
-    model = base.layout.model
-    tokens = model.get_input_embeddings()
+    model: Any = base.layout.model
+    tokens = next(path for path, own in model.named_modules() if own is model.get_input_embeddings())
     shift = _shift(base, source, tokens)
     if shift is not None:
         shift[len(tokenizer) :] = 0
@@ -74,14 +75,15 @@ def seen_by(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokeni
             "or it is an adapter), so nothing shows what text it was fine-tuned on; give rows of its task "
             f"(data={{'{source.name}': ...}}, --data {source.name}=...), or leave data out: 'fda' needs none"
         )
-    others = [(path, own) for path, own in model.named_modules() if isinstance(own, nn.Embedding) and own is not tokens]
     positions = longest_text(base.layout)
     longest, pairs = min(USUAL, limit), False
-    for path, module in others:
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or path == tokens:
+            continue
         if "type" in path.rpartition(".")[2]:
-            pairs = pairs or bool(_used(base, source, module)[1:2].any())
+            pairs = pairs or bool(_used(base, source, path)[1:2].any())
         elif positions is not None and module.num_embeddings >= positions:
-            used = int(_used(base, source, module).sum())
+            used = int(_used(base, source, path).sum())
             longest = min(limit, used) if used else longest
     return Seen(shift, longest, pairs)
 
@@ -127,11 +129,9 @@ def _row(tokens: list[int], tokenizer: PreTrainedTokenizerBase, pair: bool) -> R
     return dict(zip(("text", "text_pair"), texts, strict=False))
 
 
-def _shift(base: Checkpoint, source: AlignedSource, module: nn.Module) -> Tensor | None:
-    """How far each row of an embedding moved, (rows,); None where the source has the base's."""
-    path = next(path for path, own in base.layout.model.named_modules() if own is module)
-    name = f"{path}.weight"
-    name = base.layout.tied.get(name, name)
+def _shift(base: Checkpoint, source: AlignedSource, path: str) -> Tensor | None:
+    """How far each row of the embedding at a path moved, (rows,); None where the source has the base's."""
+    name = base.layout.tied.get(f"{path}.weight", f"{path}.weight")
     if not source.may_move(name):
         return None
     rows, width = base.shape(name)
@@ -143,9 +143,9 @@ def _shift(base: Checkpoint, source: AlignedSource, module: nn.Module) -> Tensor
     return torch.cat(found)
 
 
-def _used(base: Checkpoint, source: AlignedSource, module: nn.Module) -> Tensor:
-    """Which rows of an embedding were used, (rows,)."""
-    shift = _shift(base, source, module)
+def _used(base: Checkpoint, source: AlignedSource, path: str) -> Tensor:
+    """Which rows of the embedding at a path were used, (rows,)."""
+    shift = _shift(base, source, path)
     if shift is None or not bool(shift.max() > 0):
         return torch.zeros(0, dtype=torch.bool)
     return shift > NEGLIGIBLE * shift.max()

@@ -79,6 +79,7 @@ def adapted_unit(
             interpolation=config.interpolation,
             frozen=_frozen(config, unit, [] if real else moved, vectors),
             never_worse=bool(real),
+            precision=config.precision,
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
         )
     except RunError as error:

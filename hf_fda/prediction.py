@@ -13,11 +13,14 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from hf_fda import costs
+from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.products import product
 from hf_fda.blocks import Unit
 from hf_fda.costs import Work
 from hf_fda.errors import InputError
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.merge_methods.distill import DistillConfig
+from hf_fda.merge_methods.fda import Precision
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.stages import assign
 from hf_fda.states.footprint import StatesFootprint
@@ -93,7 +96,8 @@ def predict(plan: Plan, processes: int) -> Prediction:
         raise InputError(f"processes must be a whole number, at least 1, not {processes!r}")
     inputs, config = plan.inputs, plan.config
     with _threads(processes):
-        speed = measure_speed(plan.device, _shape(plan))
+        precision = plan.anchoring.precision if plan.anchoring is not None else None
+        speed = measure_speed(plan.device, _shape(plan), precision)
     constructing: list[float] = []
     adapting: list[float] = []
     for _, unit in plan.constructions:
@@ -129,24 +133,26 @@ def makespan(seconds: Sequence[float], processes: int) -> float:
     return max(load)
 
 
-def measure_speed(device: torch.device, shape: tuple[int, int, int]) -> Speed:
+def measure_speed(device: torch.device, shape: tuple[int, int, int], precision: Precision | None = None) -> Speed:
     """Measure the speeds of this device, each for a moment.
 
     Args:
         device: where.
         shape: (tokens, d_in, d_out) of a product as the work has them; cut to what takes a moment and little memory.
+        precision: of products, as of `construct_unit`.
     """
     tokens, d_in, d_out = shape[0], *(min(side, SIDE) for side in shape[1:])
     tokens = max(1, min(tokens, int(4e9 if device.type != "cpu" else 4e8) // (d_in * d_out)))
     x, weight = torch.ones(tokens, d_in, device=device), torch.ones(d_out, d_in, device=device)
     large, small = torch.ones(LARGE, device=device), torch.ones(1, device=device)
     data = b"\0" * 2_000_000
-    product = _rate(lambda: x @ weight.T, device) * 2 * tokens * d_in * d_out
+    with matmul_precision(precision):
+        products = _rate(lambda: product(x, weight.T), device) * 2 * tokens * d_in * d_out
     passes = _rate(lambda: large.mul_(1.0), device) * 2 * 4 * LARGE
     calls = _rate(lambda: [small.add(1.0) for _ in range(100)], device) * 100
     with tempfile.TemporaryFile(buffering=0) as file:
         files = _rate(lambda: _write_and_read(file, data), torch.device("cpu")) * 2 * len(data)
-    return Speed(product, passes, files, calls)
+    return Speed(products, passes, files, calls)
 
 
 def _write_and_read(file: IO[bytes], data: bytes) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.metric import shift_metric
+from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.products import NarrowProducts
 from hf_fda.anchors.stepping import Moves, Product, Stepper
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.devices import release_memory
 from hf_fda.errors import RunError
 from hf_fda.lowrank import LowRank
-from hf_fda.merge_methods.fda import AdaptationDistance, FDAConfig, Schedule
+from hf_fda.merge_methods.fda import AdaptationDistance, FDAConfig, Precision, Schedule
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def adapt_unit(
     interpolation: float = 1.0,
     frozen: frozenset[str] = frozenset(),
     never_worse: bool = False,
+    precision: Precision | None = None,
     report: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> Adapted:
     """Fit a unit to the targets of all sources at once, from the parameters it has.
@@ -200,6 +203,8 @@ def adapt_unit(
         frozen: names of parameters that stay as they are.
         never_worse: go back to the start where the distance to all targets is not smaller in the end: a unit that has
             what it shall match would otherwise follow rounding noise.
+        precision: of float32 matrix products while the unit moves, as of `construct_unit`; the losses before and after
+            are measured in what was set before.
         report: called with (epoch, loss) now and then.
 
     Raises:
@@ -217,9 +222,11 @@ def adapt_unit(
     for epoch in range(epochs):
         summed = torch.zeros((), device=objective.device)
         for batch in objective.batches(torch.randperm(len(objective), generator=generator), batch_size):
-            loss = objective.evaluate(module, call, batch)
-            rate = 1.0 if schedule == "constant" else 1 - stepper.steps / total
-            stepper.step(torch.autograd.grad(loss, parameters, materialize_grads=True), rate)
+            with matmul_precision(precision):
+                with NarrowProducts():
+                    loss = objective.evaluate(module, call, batch)
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            stepper.step(gradients, 1.0 if schedule == "constant" else 1 - stepper.steps / total)
             summed += loss.detach()
         release_memory()  # real rows are of many lengths
         if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:

@@ -8,17 +8,23 @@ import torch
 from torch import Tensor
 
 from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.products import narrows
 from hf_fda.merge_methods.fda import Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that moves all singular values towards one (Muon, Jordan 2024)."""
 
+LONG = 4
+"""How many times longer than wide a matrix may be for products of its own size to be cheaper, in bfloat16, than those
+of its Gram matrix in float32."""
+
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     """U V^T of a matrix U S V^T, roughly: every singular value that is not tiny lands near one.
 
-    The iteration works on the smaller Gram matrix, so it costs two products of the size of the matrix and some of the
-    smaller side cubed. Squared singular values need all digits, so it is in full precision whatever is set.
+    In full precision the iteration works on the smaller Gram matrix, so it costs two products of the size of the matrix
+    and some of the smaller side cubed; squared singular values need all digits. Where products are taken in bfloat16
+    and the matrix is not long it works on the matrix itself, as in Muon.
 
     Args:
         matrix: (N, d).
@@ -27,12 +33,27 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     Returns:
         (N, d), scaled to a root mean square of one.
     """
-    with matmul_precision("highest"):
-        result = _newton_schulz(matrix, iterations)
+    if narrows(matrix, matrix.T) and max(matrix.shape) < LONG * min(matrix.shape):
+        result = _on_the_matrix(matrix, iterations)
+    else:
+        with matmul_precision("highest"):
+            result = _on_the_gram(matrix, iterations)
     return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
-def _newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
+def _on_the_matrix(matrix: Tensor, iterations: int) -> Tensor:
+    tall = matrix.shape[0] > matrix.shape[1]
+    scaled = (matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)).to(torch.bfloat16)
+    scaled = scaled.T if tall else scaled
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(iterations):
+        gram = scaled @ scaled.T
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        scaled = torch.addmm(scaled, factor, scaled, beta=a)
+    return (scaled.T if tall else scaled).to(matrix.dtype)
+
+
+def _on_the_gram(matrix: Tensor, iterations: int) -> Tensor:
     wide = matrix.shape[0] < matrix.shape[1]
     scaled = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
     gram = scaled @ scaled.T if wide else scaled.T @ scaled

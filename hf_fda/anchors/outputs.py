@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from hf_fda.anchors.distance import distance
+from hf_fda.anchors.products import NarrowProducts, product
 from hf_fda.anchors.smooth import SecondDerivatives
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.merge_methods.fda import Distance
@@ -72,7 +73,7 @@ class ProductCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, task: Tensor, size: Tensor) -> Tensor:
         """`output` D (N, d_out), `x` (N, d_in), `task` (d_out, d_in), `size` its norm; gives a scalar."""
-        gradient = output.T @ x
+        gradient = product(output.T, x)
         flat = gradient.view(-1)
         dot, square = torch.dot(flat, task.reshape(-1)), torch.dot(flat, flat)
         ctx.save_for_backward(output, x, gradient, task, size, dot, square)
@@ -85,7 +86,7 @@ class ProductCosine(torch.autograd.Function):
         output, x, gradient, task, size, dot, square = ctx.saved_tensors
         a, b = _slopes(dot, square, size, grad)
         slope = (gradient * b).addcmul_(task, a)
-        return x @ slope.T, output @ slope, None, None
+        return product(x, slope.T), product(output, slope), None, None
 
 
 class GramCosine(torch.autograd.Function):
@@ -97,7 +98,7 @@ class GramCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, task: Tensor, size: Tensor) -> Tensor:
         """`output` D (N, d_out), `x` (N, d_in), `task` (d_out, d_in), `size` its norm; gives a scalar."""
-        image, inputs, outputs = x @ task.T, x @ x.T, output @ output.T
+        image, inputs, outputs = product(x, task.T), product(x, x.T), product(output, output.T)
         dot = torch.dot(output.reshape(-1), image.view(-1))
         square = torch.dot(inputs.view(-1), outputs.view(-1))
         ctx.save_for_backward(output, x, image, inputs, outputs, task, size, dot, square)
@@ -109,8 +110,8 @@ class GramCosine(torch.autograd.Function):
         """The derivatives with respect to D and x."""
         output, x, image, inputs, outputs, task, size, dot, square = ctx.saved_tensors
         a, b = _slopes(dot, square, size, grad)
-        to_output = (image * a).addcmul_(inputs @ output, b)
-        to_x = (output @ task).mul_(a).addcmul_(outputs @ x, b)
+        to_output = (image * a).addcmul_(product(inputs, output), b)
+        to_x = product(output, task).mul_(a).addcmul_(product(outputs, x), b)
         return to_output, to_x, None, None
 
 
@@ -201,9 +202,11 @@ class Matcher:
         hooks = [module.register_forward_hook(_recorder(tape, path)) for path, module in self.layers.items()]
         others = [parameter.requires_grad_(True) for parameter in self.others.values()]
         try:
-            with SecondDerivatives():
-                output = self.call(self.base, x)
-            similarity = -distance(self.kind, output, self.call(self.source, x))
+            with NarrowProducts():
+                with SecondDerivatives():
+                    output = self.call(self.base, x)
+                target = self.call(self.source, x)
+            similarity = -distance(self.kind, output, target)
             asked = [(path, len(outputs)) for path, outputs in tape.outputs.items()]
             wanted = others + [one for outputs in tape.outputs.values() for one in outputs]
             gradients = torch.autograd.grad(similarity, wanted, create_graph=create_graph, materialize_grads=True)

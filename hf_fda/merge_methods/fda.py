@@ -79,7 +79,8 @@ class FDAConfig(UnitwiseConfig):
     learning_rate: float = option(1e-2, "step size of construction", minimum=0)
     precision: Precision = option(
         "medium",
-        "of float32 products while anchors move: medium is bfloat16 where there is such, high TF32, highest all",
+        "of float32 products while anchors and blocks move: medium is bfloat16 where there is such, high TF32, "
+        "highest all",
     )
     distance: Distance = option("cosine", "distance of a block's outputs in construction")
     position_embeddings: bool | None = option(

@@ -1,0 +1,199 @@
+"""Matrix products in bfloat16: near float32's, differentiable, and only where they are asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import fine_tune, make_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_fda.anchors import Moves, Objective, adapt_unit, construct_unit, products
+from hf_fda.anchors.orthogonal import orthogonalize
+from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.products import NarrowProducts, Product, narrows, product
+from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
+from hf_fda.checkpoint import ModelCheckpoint
+
+NEAR = 1e-2
+"""Norm of the error of a product in bfloat16, relative; one rounding is 3e-3."""
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a CPU with bfloat16, where products of every size pay."""
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "LEAST", 0)
+    with matmul_precision("medium"):
+        yield
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def apart(own: Tensor, other: Tensor) -> float:
+    return float((own - other).detach().norm() / other.detach().norm())
+
+
+def test_a_product_is_near_and_in_float32() -> None:
+    a, b = draw(6, 40), draw(40, 5, seed=1)
+    own = product(a, b)
+    assert own.dtype == torch.float32
+    assert 0 < apart(own, a @ b) < NEAR
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_other_precisions_are_left_alone(precision: str) -> None:
+    a, b = draw(6, 40), draw(40, 5, seed=1)
+    with matmul_precision(precision):  # type: ignore[arg-type]
+        assert not narrows(a, b) and torch.equal(product(a, b), a @ b)
+
+
+def test_so_are_small_products_other_types_and_machines_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = draw(6, 40), draw(40, 5, seed=1)
+    assert narrows(a, b)
+    assert not narrows(a.double(), b.double()) and not narrows(a.half(), b.half())
+    monkeypatch.setattr(products, "LEAST", 6 * 40 * 5 + 1)
+    assert not narrows(a, b)
+    monkeypatch.setattr(products, "LEAST", 6 * 40 * 5)
+    assert narrows(a, b)
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    assert not narrows(a, b)
+
+
+def test_first_and_second_derivatives_of_a_product_are_right() -> None:
+    a, b = (draw(*shape, dtype=torch.float64).requires_grad_(True) for shape in ((3, 4), (4, 2)))
+    assert torch.autograd.gradcheck(Product.apply, (a, b))
+    assert torch.autograd.gradgradcheck(Product.apply, (a, b))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40,), (6, 40), (2, 3, 40)])
+def test_a_linear_layer_and_its_gradients_are_near(shape: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(40, 8, bias=bias)
+    x = draw(*shape).requires_grad_(True)
+
+    def run() -> list[Tensor]:
+        output = layer(x)
+        return [output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])]
+
+    with matmul_precision("highest"):
+        plain = run()
+    with NarrowProducts():
+        own = run()
+    assert [value.shape for value in own] == [value.shape for value in plain]
+    assert all(0 < apart(*pair) < 3 * NEAR for pair in zip(own, plain, strict=True))
+
+
+def test_so_is_a_conv1d() -> None:
+    layer, x = Conv1D(8, 40), draw(2, 3, 40)
+    nn.init.normal_(layer.bias)
+    with matmul_precision("highest"):
+        plain = layer(x)
+    with NarrowProducts():
+        own = layer(x)
+    assert own.shape == plain.shape and 0 < apart(own, plain) < NEAR
+
+
+def test_only_what_is_inside_is_narrow() -> None:
+    layer, x = nn.Linear(40, 8), draw(3, 40)
+    with matmul_precision("highest"), NarrowProducts():
+        inside = layer(x)
+    assert torch.equal(inside, layer(x))
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24), (32, 32)])
+def test_momentum_is_made_orthogonal_in_bfloat16_too(shape: tuple[int, int]) -> None:
+    matrix = draw(*shape)
+    with matmul_precision("highest"):
+        plain = orthogonalize(matrix)
+    own = orthogonalize(matrix)
+    assert own.dtype == torch.float32
+    assert not torch.equal(own, plain)
+    assert float(torch.nn.functional.cosine_similarity(own.flatten(), plain.flatten(), dim=0)) > 0.99
+    values = torch.linalg.svdvals(own) / torch.linalg.svdvals(own).mean()
+    assert float(values.min()) > 0.5 and float(values.max()) < 1.5
+
+
+def test_a_long_matrix_is_iterated_on_by_its_gram_matrix() -> None:
+    matrix = draw(200, 16)
+    own = orthogonalize(matrix)
+    with matmul_precision("highest"):
+        assert torch.equal(own, orthogonalize(matrix))
+
+
+def block_pair(family: str) -> tuple[nn.Module, nn.Module, UnitCall]:
+    """The first block of a tiny model, of a fine-tune of it, and how the model calls it."""
+    model = make_model(family)
+    base, source = ModelCheckpoint(model, "base"), ModelCheckpoint(fine_tune(model, seed=1), "source")
+    unit = find_units(base.layout, ("block",))[0]
+    device = torch.device("cpu")
+    call = capture_calls(base, [unit], 3, device).calls[unit.name]
+    first, second = (
+        make_unit(base.layout, unit, {name: one.read(name) for name in unit.tensors}, device) for one in (base, source)
+    )
+    return first, second, call
+
+
+def losses(work: Callable[[str], float]) -> tuple[float, float]:
+    """Of the same work in bfloat16 and in full precision."""
+    return work("medium"), work("highest")
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "mixtral"])
+def test_anchors_that_moved_by_narrow_products_match_as_well(family: str) -> None:
+    base, source, call = block_pair(family)
+
+    def work(precision: str) -> float:
+        found = construct_unit(
+            base,
+            source,
+            call,
+            draw(24, 3, 32),
+            None,
+            steps=15,
+            learning_rate=1e-2,
+            kind="cosine",
+            patience=None,
+            optimizer="muon",
+            precision=precision,  # type: ignore[arg-type]
+        )
+        return found.loss
+
+    own, plain = losses(work)
+    assert own != plain
+    assert own == pytest.approx(plain, abs=0.02)
+
+
+def test_so_does_a_block_that_moved_by_them() -> None:
+    base, source, call = block_pair("bert")
+    anchors = draw(48, 3, 32)
+    with torch.no_grad():
+        targets = call(source, anchors)
+
+    def work(precision: str) -> float:
+        module = copy.deepcopy(base)
+        objective = Objective("mse", [anchors], [targets])
+        adapted = adapt_unit(
+            module,
+            call,
+            objective,
+            Moves(),
+            epochs=20,
+            learning_rate=1e-3,
+            schedule="linear",
+            batch_size=16,
+            generator=torch.Generator().manual_seed(0),
+            precision=precision,  # type: ignore[arg-type]
+        )
+        assert adapted.loss_after < adapted.loss_before
+        return adapted.loss_after / adapted.loss_before
+
+    with matmul_precision("highest"):
+        own, plain = losses(work)
+    assert own != plain
+    assert own == pytest.approx(plain, abs=0.02)

@@ -139,14 +139,14 @@ def measure_speed(device: torch.device, shape: tuple[int, int, int], precision: 
     Args:
         device: where.
         shape: (tokens, d_in, d_out) of a product as the work has them; cut to what takes a moment and little memory.
-        precision: of products, as of `construct_unit`.
+        precision: of products, as of `matmul_precision`.
     """
     tokens, d_in, d_out = shape[0], *(min(side, SIDE) for side in shape[1:])
     tokens = max(1, min(tokens, int(4e9 if device.type != "cpu" else 4e8) // (d_in * d_out)))
     x, weight = torch.ones(tokens, d_in, device=device), torch.ones(d_out, d_in, device=device)
     large, small = torch.ones(LARGE, device=device), torch.ones(1, device=device)
     data = b"\0" * 2_000_000
-    with matmul_precision(precision):
+    with matmul_precision(precision, device):
         products = _rate(lambda: product(x, weight.T), device) * 2 * tokens * d_in * d_out
     passes = _rate(lambda: large.mul_(1.0), device) * 2 * 4 * LARGE
     calls = _rate(lambda: [small.add(1.0) for _ in range(100)], device) * 100

@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fda.anchors import Moves, Objective, adapt_unit, construct_unit, products
 from hf_fda.anchors.orthogonal import orthogonalize
-from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.precision import matmul_precision, narrow_on_cpu
 from hf_fda.anchors.products import NarrowProducts, Product, narrows, product
 from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
 from hf_fda.checkpoint import ModelCheckpoint
 
+CPU = torch.device("cpu")
 NEAR = 1e-2
 """Norm of the error of a product in bfloat16, relative; one rounding is 3e-3."""
 
@@ -27,7 +28,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a CPU with bfloat16, where products of every size pay."""
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
     monkeypatch.setattr(products, "LEAST", 0)
-    with matmul_precision("medium"):
+    with matmul_precision("medium", CPU):
         yield
 
 
@@ -49,8 +50,21 @@ def test_a_product_is_near_and_in_float32() -> None:
 @pytest.mark.parametrize("precision", ["high", "highest"])
 def test_other_precisions_are_left_alone(precision: str) -> None:
     a, b = draw(6, 40), draw(40, 5, seed=1)
-    with matmul_precision(precision):  # type: ignore[arg-type]
+    with matmul_precision(precision, CPU):  # type: ignore[arg-type]
         assert not narrows(a, b) and torch.equal(product(a, b), a @ b)
+
+
+def test_torchs_own_setting_is_not_used_on_a_cpu_and_nothing_lasts() -> None:
+    before = torch.get_float32_matmul_precision()
+    with matmul_precision("highest", CPU):
+        with matmul_precision("medium", CPU):
+            assert torch.get_float32_matmul_precision() == "highest" and narrow_on_cpu()
+            with matmul_precision(None, CPU):
+                assert narrow_on_cpu()
+        assert not narrow_on_cpu()
+    with matmul_precision("medium", torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "medium" and not narrow_on_cpu()
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_so_are_small_products_other_types_and_machines_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +95,7 @@ def test_a_linear_layer_and_its_gradients_are_near(shape: tuple[int, ...], bias:
         output = layer(x)
         return [output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])]
 
-    with matmul_precision("highest"):
+    with matmul_precision("highest", CPU):
         plain = run()
     with NarrowProducts():
         own = run()
@@ -92,7 +106,7 @@ def test_a_linear_layer_and_its_gradients_are_near(shape: tuple[int, ...], bias:
 def test_so_is_a_conv1d() -> None:
     layer, x = Conv1D(8, 40), draw(2, 3, 40)
     nn.init.normal_(layer.bias)
-    with matmul_precision("highest"):
+    with matmul_precision("highest", CPU):
         plain = layer(x)
     with NarrowProducts():
         own = layer(x)
@@ -101,7 +115,7 @@ def test_so_is_a_conv1d() -> None:
 
 def test_only_what_is_inside_is_narrow() -> None:
     layer, x = nn.Linear(40, 8), draw(3, 40)
-    with matmul_precision("highest"), NarrowProducts():
+    with matmul_precision("highest", CPU), NarrowProducts():
         inside = layer(x)
     assert torch.equal(inside, layer(x))
 
@@ -109,7 +123,7 @@ def test_only_what_is_inside_is_narrow() -> None:
 @pytest.mark.parametrize("shape", [(24, 32), (32, 24), (32, 32)])
 def test_momentum_is_made_orthogonal_in_bfloat16_too(shape: tuple[int, int]) -> None:
     matrix = draw(*shape)
-    with matmul_precision("highest"):
+    with matmul_precision("highest", CPU):
         plain = orthogonalize(matrix)
     own = orthogonalize(matrix)
     assert own.dtype == torch.float32
@@ -122,7 +136,7 @@ def test_momentum_is_made_orthogonal_in_bfloat16_too(shape: tuple[int, int]) -> 
 def test_a_long_matrix_is_iterated_on_by_its_gram_matrix() -> None:
     matrix = draw(200, 16)
     own = orthogonalize(matrix)
-    with matmul_precision("highest"):
+    with matmul_precision("highest", CPU):
         assert torch.equal(own, orthogonalize(matrix))
 
 
@@ -193,7 +207,7 @@ def test_so_does_a_block_that_moved_by_them() -> None:
         assert adapted.loss_after < adapted.loss_before
         return adapted.loss_after / adapted.loss_before
 
-    with matmul_precision("highest"):
+    with matmul_precision("highest", CPU):
         own, plain = losses(work)
     assert own != plain
     assert own == pytest.approx(plain, abs=0.02)

@@ -103,7 +103,7 @@ def package_loop(block: Block, used: dict[str, Tensor], start: Tensor, precision
     x = start.clone().requires_grad_(True)
     stepper = make_stepper(kind, x, 1e-2, 10**9)
     while True:
-        with matmul_precision(precision):
+        with matmul_precision(precision, start.device):
             (x.grad,) = torch.autograd.grad((1 - matcher(x).mean()) * len(used), x)
             stepper.step()
         yield

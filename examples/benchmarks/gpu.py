@@ -38,6 +38,7 @@ from hf_fda.anchors import construct_unit
 from hf_fda.anchors.construction import UnitAnchors, gradient_cosines, matched_parameters, task_vectors
 from hf_fda.anchors.initialization import initial_anchors
 from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.products import product
 from hf_fda.blocks import UnitCall
 from hf_fda.merge_methods import FDAConfig
 
@@ -110,7 +111,7 @@ def plain(base: nn.Module, source: nn.Module, start: Tensor, steps: int, precisi
             better = loss < best[1]
             best[0], best[1] = torch.where(better, x, best[0]), torch.where(better, loss, best[1])
 
-    with matmul_precision(precision):
+    with matmul_precision(precision, start.device):
         spent = seconds(work, start.device)
     used = matched_parameters(base, source, task_vectors(base, source), CALL, start, "cosine")
     return spent, float(1 - gradient_cosines(base, source, CALL, best[0], used, "cosine").mean())
@@ -160,9 +161,9 @@ def ceiling(size: int, dtype: torch.dtype, precision: Any, device: torch.device)
 
     def few() -> None:
         for _ in range(5):
-            a @ b
+            product(a, b)
 
-    with matmul_precision(precision):
+    with matmul_precision(precision, device):
         few()
         return 5 * 2 * size**3 / min(seconds(few, device) for _ in range(5))
 

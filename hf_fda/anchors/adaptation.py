@@ -203,8 +203,8 @@ def adapt_unit(
         frozen: names of parameters that stay as they are.
         never_worse: go back to the start where the distance to all targets is not smaller in the end: a unit that has
             what it shall match would otherwise follow rounding noise.
-        precision: of float32 matrix products while the unit moves, as of `construct_unit`; the losses before and after
-            are measured in what was set before.
+        precision: of float32 matrix products while the unit moves, as of `matmul_precision`; the losses before and
+            after are measured in what was set before.
         report: called with (epoch, loss) now and then.
 
     Raises:
@@ -222,7 +222,7 @@ def adapt_unit(
     for epoch in range(epochs):
         summed = torch.zeros((), device=objective.device)
         for batch in objective.batches(torch.randperm(len(objective), generator=generator), batch_size):
-            with matmul_precision(precision):
+            with matmul_precision(precision, objective.device):
                 with NarrowProducts():
                     loss = objective.evaluate(module, call, batch)
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)

@@ -100,8 +100,8 @@ def construct_unit(
         patience: stop when the best loss has not fallen by 1 % in so many steps; None never stops early. Of "muon" the
             step size falls over all `steps`, and the loss with it, so patience does not apply.
         optimizer: "adamw" at a constant step size as published, or "muon", which needs a fraction of the steps.
-        precision: of float32 matrix products while X moves, as `torch.set_float32_matmul_precision` names it; None
-            leaves what is set. The cosines, loss and targets returned are computed in what was set before.
+        precision: of float32 matrix products while X moves, as of `matmul_precision`; None leaves what is set. The
+            cosines, loss and targets returned are computed in what was set before.
         snapshots: numbers of steps after which X is kept as it is then (0: as it starts), wherever the loss is; those
             that construction does not come to have none.
         report: called with (step, loss) now and then.
@@ -123,7 +123,7 @@ def construct_unit(
         window = patience if optimizer == "adamw" else None
         x = start.clone().requires_grad_(True)
         stepper = make_stepper(optimizer, x, learning_rate, steps)
-        with matmul_precision(precision):
+        with matmul_precision(precision, start.device):
             best_x, done = _descend(matcher, x, shift, stepper, steps, window, report, watch)
     anchors = (best_x + shift).detach()
     cosines = gradient_cosines(base, source, call, anchors, used, kind).tolist() if used else []

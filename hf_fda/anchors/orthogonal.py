@@ -36,7 +36,7 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     if narrows(matrix, matrix.T) and max(matrix.shape) < LONG * min(matrix.shape):
         result = _on_the_matrix(matrix, iterations)
     else:
-        with matmul_precision("highest"):
+        with matmul_precision("highest", matrix.device):
             result = _on_the_gram(matrix, iterations)
     return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
 

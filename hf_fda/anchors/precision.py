@@ -1,26 +1,41 @@
-"""The precision of float32 matrix products: torch's setting, for a while."""
+"""The precision of float32 matrix products, for a while: torch's setting, or on a CPU what `products` does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
 from hf_fda.merge_methods.fda import Precision
 
+_NARROW = ContextVar("_NARROW", default=False)
+
+
+def narrow_on_cpu() -> bool:
+    """Whether products on the CPU are to be taken in bfloat16 (by `products.product`)."""
+    return _NARROW.get()
+
 
 @contextmanager
-def matmul_precision(precision: Precision | None) -> Iterator[None]:
+def matmul_precision(precision: Precision | None, device: torch.device) -> Iterator[None]:
     """Inside, float32 matrix products of this precision; None changes nothing.
 
     Args:
-        precision: as `torch.set_float32_matmul_precision` names it: "high" is TF32 on a GPU that has it, "medium"
-            bfloat16 on a CPU that has it, "highest" plain float32.
+        precision: "high" is TF32 on a GPU that has it, as `torch.set_float32_matmul_precision` has it; "medium" the
+            same there, and bfloat16 on a CPU that has it, by `products.product` and not by torch's setting, which
+            slows small products down; "highest" plain float32.
+        device: where the products are taken.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision or before)
+    if precision is None:
+        yield
+        return
+    narrow = precision == "medium" and device.type == "cpu"
+    before, token = torch.get_float32_matmul_precision(), _NARROW.set(narrow)
+    torch.set_float32_matmul_precision("highest" if narrow else precision)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        _NARROW.reset(token)

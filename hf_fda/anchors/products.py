@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_fda.anchors.precision import narrow_on_cpu
+
 LEAST = 1 << 23
 """Multiplications below which converting to bfloat16 costs more than it saves."""
 
@@ -31,7 +33,7 @@ def narrows(a: Tensor, b: Tensor) -> bool:
         a.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
         and a.shape[0] * a.shape[1] * b.shape[1] >= LEAST
-        and torch.get_float32_matmul_precision() == "medium"
+        and narrow_on_cpu()
         and has_bfloat16()
     )
 

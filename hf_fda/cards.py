@@ -108,8 +108,9 @@ def model_card(arguments: Mapping[str, Any], facts: Mapping[str, Any], found: Fo
         metadata["model-index"] = index
     settings = {**arguments["options"], "dtype": arguments["dtype"], "seed": arguments["seed"]}
     settings |= {name: arguments[name] for name in STATED if name in arguments}
-    if not facts["data"]:
-        settings = {name: value for name, value in settings.items() if name not in OF_DATA}
+    # How many synthetic rows were drawn stands with the data: fewer than `rows` allows.
+    void = OF_DATA if not facts["data"] else ("rows",) if facts.get("synthetic") else ()
+    settings = {name: value for name, value in settings.items() if name not in void}
     if report is not None:
         settings |= _budget(arguments, report)
     return _render(

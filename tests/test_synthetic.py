@@ -125,6 +125,7 @@ def test_a_merge_without_data_is_made_and_made_again(
         hf_fda.merge(places["base"], sources, "distill", output, data="synthetic", rows=16, quiet=True)
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "drawn from the source's weights, 16 rows" in card and "datasets:" not in card
+    assert "| rows |" not in card  # which may say more than were drawn
     assert "Merging looks at weights only" in card and "hidden states of synthetic rows" in card
     again = hf_fda.merge_config(output / "merge_config.yaml", output=tmp_path / "again", quiet=True)
     first, second = (hf_fda.load(folder).state_dict() for folder in (output, again.folder))

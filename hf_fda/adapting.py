@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -170,6 +171,7 @@ def move_to_start(
     roles = vectors.base.layout.roles
     scales: dict[str, Tensor] = {}
     factors: dict[str, LowRank] = {}
+    squares = [0.0] * (1 + len(vectors.inputs.moving))
     for path, parameter in module.named_parameters():
         name = f"{unit.name}.{path}"
         if not vectors.may_move(name):
@@ -178,11 +180,19 @@ def move_to_start(
             factors[path] = _start_in_factors(config, name, vectors, ranks[name])
             continue
         base, tasks = vectors.read(name, work)
+        squares = [before + float(own.square().sum()) for before, own in zip(squares, (base, *tasks), strict=True)]
         if isinstance(config.initial, MethodConfig):
             merged = apply_method(config.initial, base, tasks, roles[name], vectors.generator(name))
             parameter.data = (base + merged).float().contiguous()
         scales[path] = total([task.abs_() for task in tasks]).float()
-    return Moves(None if config.parametrization == "parameters" else scales, factors)
+    change = 0.0 if factors else _least(squares)
+    return Moves(None if config.parametrization == "parameters" else scales, factors, change)
+
+
+def _least(squares: Sequence[float]) -> float:
+    """The norm of the smallest task vector that is not zero, relative to the base's: from their squares, its first."""
+    whole, *tasks = squares
+    return min((math.sqrt(own / whole) for own in tasks if own > 0), default=0.0) if whole else 0.0
 
 
 def _start_in_factors(config: FDAConfig | DistillConfig, name: str, vectors: TaskVectors, rank: int) -> LowRank:

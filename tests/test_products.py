@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fda.anchors import Moves, Objective, adapt_unit, construct_unit, products
 from hf_fda.anchors.orthogonal import orthogonalize
-from hf_fda.anchors.precision import matmul_precision, narrow_on_cpu
-from hf_fda.anchors.products import NarrowProducts, Product, narrows, product
+from hf_fda.anchors.precision import fine_enough, matmul_precision, narrow_on_cpu
+from hf_fda.anchors.products import MatrixProduct, NarrowProducts, narrows, product
 from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
 from hf_fda.checkpoint import ModelCheckpoint
 
@@ -81,8 +82,8 @@ def test_so_are_small_products_other_types_and_machines_without(monkeypatch: pyt
 
 def test_first_and_second_derivatives_of_a_product_are_right() -> None:
     a, b = (draw(*shape, dtype=torch.float64).requires_grad_(True) for shape in ((3, 4), (4, 2)))
-    assert torch.autograd.gradcheck(Product.apply, (a, b))
-    assert torch.autograd.gradgradcheck(Product.apply, (a, b))
+    assert torch.autograd.gradcheck(MatrixProduct.apply, (a, b))
+    assert torch.autograd.gradgradcheck(MatrixProduct.apply, (a, b))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -140,6 +141,21 @@ def test_a_long_matrix_is_iterated_on_by_its_gram_matrix() -> None:
         assert torch.equal(own, orthogonalize(matrix))
 
 
+@pytest.mark.parametrize(
+    ("precision", "change", "device", "used"),
+    [
+        ("medium", 1e-2, "cpu", "medium"),
+        ("medium", 1e-3, "cpu", "highest"),
+        ("medium", 1e-3, "cuda", "medium"),  # which is TF32
+        ("high", 1e-3, "cpu", "high"),
+        ("highest", 1e-2, "cpu", "highest"),
+        (None, 1e-3, "cpu", None),
+    ],
+)
+def test_a_small_change_is_matched_in_full_precision(precision: Any, change: float, device: str, used: str) -> None:
+    assert fine_enough(precision, change, torch.device(device)) == used
+
+
 def block_pair(family: str) -> tuple[nn.Module, nn.Module, UnitCall]:
     """The first block of a tiny model, of a fine-tune of it, and how the model calls it."""
     model = make_model(family)
@@ -189,14 +205,14 @@ def test_so_does_a_block_that_moved_by_them() -> None:
     with torch.no_grad():
         targets = call(source, anchors)
 
-    def work(precision: str) -> float:
+    def work(precision: str, change: float = 1.0) -> float:
         module = copy.deepcopy(base)
         objective = Objective("mse", [anchors], [targets])
         adapted = adapt_unit(
             module,
             call,
             objective,
-            Moves(),
+            Moves(change=change),
             epochs=20,
             learning_rate=1e-3,
             schedule="linear",
@@ -211,3 +227,23 @@ def test_so_does_a_block_that_moved_by_them() -> None:
         own, plain = losses(work)
     assert own != plain
     assert own == pytest.approx(plain, abs=0.02)
+    assert work("medium", 1e-3) == work("medium", 0.0) == plain  # nobody knows how small a change is, or it is small
+
+
+def test_so_are_the_anchors_of_a_source_that_changes_little() -> None:
+    base, source, call = block_pair("bert")
+    options: Any = {"steps": 5, "learning_rate": 1e-2, "kind": "cosine", "patience": None, "optimizer": "muon"}
+
+    def same(near: float) -> bool:
+        tuned = copy.deepcopy(base)
+        with torch.no_grad():
+            for own, there in zip(tuned.parameters(), source.parameters(), strict=True):
+                own.lerp_(there, near)
+        medium, plain = (
+            construct_unit(base, tuned, call, draw(24, 3, 32), None, **options, precision=precision)
+            for precision in ("medium", "highest")
+        )
+        return torch.equal(medium.anchors, plain.anchors)
+
+    assert same(1e-3)
+    assert not same(1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.metric import shift_metric
-from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.precision import fine_enough, matmul_precision
 from hf_fda.anchors.products import NarrowProducts
 from hf_fda.anchors.stepping import Moves, Product, Stepper
 from hf_fda.blocks.capture import UnitCall
@@ -203,8 +203,8 @@ def adapt_unit(
         frozen: names of parameters that stay as they are.
         never_worse: go back to the start where the distance to all targets is not smaller in the end: a unit that has
             what it shall match would otherwise follow rounding noise.
-        precision: of float32 matrix products while the unit moves, as of `matmul_precision`; the losses before and
-            after are measured in what was set before.
+        precision: of float32 matrix products while the unit moves, as of `matmul_precision`, where it is `fine_enough`
+            for `moves.change`; the losses before and after are measured in what was set before.
         report: called with (epoch, loss) now and then.
 
     Raises:
@@ -218,6 +218,7 @@ def adapt_unit(
     stepper = Stepper(moving, followed, moves.scales, learning_rate)
     start = stepper.values() if interpolation < 1 or never_worse else []
     before = mean_distance(objective, module, call, batch_size)
+    precision = fine_enough(precision, moves.change, objective.device)
     total = epochs * -(-len(objective) // batch_size)
     for epoch in range(epochs):
         summed = torch.zeros((), device=objective.device)

@@ -19,7 +19,7 @@ from hf_fda.anchors.gradients import (
 )
 from hf_fda.anchors.orthogonal import Stepper, make_stepper
 from hf_fda.anchors.outputs import Matcher
-from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.precision import fine_enough, matmul_precision
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import Distance, Optimizer, Precision
@@ -100,8 +100,9 @@ def construct_unit(
         patience: stop when the best loss has not fallen by 1 % in so many steps; None never stops early. Of "muon" the
             step size falls over all `steps`, and the loss with it, so patience does not apply.
         optimizer: "adamw" at a constant step size as published, or "muon", which needs a fraction of the steps.
-        precision: of float32 matrix products while X moves, as of `matmul_precision`; None leaves what is set. The
-            cosines, loss and targets returned are computed in what was set before.
+        precision: of float32 matrix products while X moves, as of `matmul_precision`, where it is `fine_enough` for
+            what the source changes; None leaves what is set. The cosines, loss and targets returned are computed in
+            what was set before.
         snapshots: numbers of steps after which X is kept as it is then (0: as it starts), wherever the loss is; those
             that construction does not come to have none.
         report: called with (step, loss) now and then.
@@ -123,7 +124,7 @@ def construct_unit(
         window = patience if optimizer == "adamw" else None
         x = start.clone().requires_grad_(True)
         stepper = make_stepper(optimizer, x, learning_rate, steps)
-        with matmul_precision(precision, start.device):
+        with matmul_precision(fine_enough(precision, _change(base, tasks), start.device), start.device):
             best_x, done = _descend(matcher, x, shift, stepper, steps, window, report, watch)
     anchors = (best_x + shift).detach()
     cosines = gradient_cosines(base, source, call, anchors, used, kind).tolist() if used else []
@@ -138,6 +139,13 @@ def construct_unit(
         left_out=tuple(name for name in tasks if name not in used),
         snapshots=kept,
     )
+
+
+def _change(base: nn.Module, tasks: Mapping[str, Tensor]) -> float:
+    """The norm of a task vector, relative to that of the base's parameters."""
+    both = list(tasks.values()), list(base.parameters())
+    task, whole = (torch.stack([value.norm() for value in own]).norm() for own in both)
+    return float(task / whole)
 
 
 def _descend(

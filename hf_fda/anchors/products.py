@@ -45,7 +45,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(torch.bfloat16) @ b.to(torch.bfloat16)).to(torch.float32)
 
 
-class Product(torch.autograd.Function):
+class MatrixProduct(torch.autograd.Function):
     """`product` for autograd, differentiable as often as one likes."""
 
     @staticmethod
@@ -59,11 +59,12 @@ class Product(torch.autograd.Function):
         """The derivatives, by the same products."""
         a, b = ctx.saved_tensors
         wanted_a, wanted_b = ctx.needs_input_grad
-        return Product.apply(grad, b.T) if wanted_a else None, Product.apply(a.T, grad) if wanted_b else None
+        to_a = MatrixProduct.apply(grad, b.T) if wanted_a else None
+        return to_a, MatrixProduct.apply(a.T, grad) if wanted_b else None
 
 
 class NarrowProducts(TorchFunctionMode):
-    """Inside, linear layers multiply by `Product` where it pays, in their backward passes too."""
+    """Inside, linear layers multiply by `MatrixProduct` where it pays, in their backward passes too."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -73,7 +74,7 @@ class NarrowProducts(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             return _linear(*args, **kwargs)
         if func is torch.addmm and len(args) == 3 and not kwargs and narrows(args[1], args[2]):
-            return args[0] + Product.apply(args[1], args[2])
+            return args[0] + MatrixProduct.apply(args[1], args[2])
         return func(*args, **kwargs)
 
 
@@ -81,5 +82,5 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     rows = input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
     if not narrows(rows, weight.T):
         return torch.nn.functional.linear(input, weight, bias)
-    output = Product.apply(rows, weight.T).view(*input.shape[:-1], len(weight))
+    output = MatrixProduct.apply(rows, weight.T).view(*input.shape[:-1], len(weight))
     return output if bias is None else output + bias

@@ -98,7 +98,6 @@ def _measured(builder: AnchorBuilder, unit: Unit, found: UnitAnchors, narrow: Un
             batch_size=config.batch_size,
             generator=random_stream(builder.seed, "batches", unit.name),
             frozen=frozenset(own.left_out),
-            precision=config.precision,
         )
         moved.append(_flat(module) - _flat(base))
         left.append(mean_distance(aims[0], module, call, config.batch_size) / start if start else 1.0)

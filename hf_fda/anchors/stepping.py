@@ -80,10 +80,12 @@ class Moves:
         scales: ``sum_k |tau_k|`` of each parameter that is not factored: step on elementwise coefficients. None: on the
             parameters themselves.
         factors: of parameters that stay ``theta_0 + L R``: where L and R start. The unit holds theta_0 then.
+        change: norm of the smallest task vector, relative to that of the parameters; 0 where nobody looked.
     """
 
     scales: Mapping[str, Tensor] | None = None
     factors: Mapping[str, LowRank] = field(default_factory=dict)
+    change: float = 0.0
 
 
 class Product:

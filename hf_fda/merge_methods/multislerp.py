@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -42,7 +43,10 @@ class MultiSlerpConfig(WeightedConfig):
         weights, lengths = products.new_tensor(shares), products.diagonal()[1:].clamp_min(0).sqrt()
         found[1:] = weights / (lengths + self.eps)  # m
         norm = (found @ products @ found).clamp_min(0).sqrt()
-        if not float(norm) > self.eps:
+        rounding = (
+            4 * math.sqrt(torch.finfo(products.dtype).eps) * float(weights.abs().sum())
+        )  # its square's is that of 1
+        if not float(norm) > max(self.eps, rounding):
             found[1:] = weights
             return found
         return found * (weights @ lengths) / norm

@@ -43,10 +43,9 @@ class MultiSlerpConfig(WeightedConfig):
         weights, lengths = products.new_tensor(shares), products.diagonal()[1:].clamp_min(0).sqrt()
         found[1:] = weights / (lengths + self.eps)  # m
         norm = (found @ products @ found).clamp_min(0).sqrt()
-        rounding = (
-            4 * math.sqrt(torch.finfo(products.dtype).eps) * float(weights.abs().sum())
-        )  # its square's is that of 1
-        if not float(norm) > max(self.eps, rounding):
+        # Of directions that cancel out rounding leaves a square of about this one's.
+        left = 4 * math.sqrt(torch.finfo(products.dtype).eps) * float(weights.abs().sum())
+        if not float(norm) > max(self.eps, left):
             found[1:] = weights
             return found
         return found * (weights @ lengths) / norm

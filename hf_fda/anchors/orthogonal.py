@@ -33,18 +33,19 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     Returns:
         (N, d), scaled to a root mean square of one.
     """
+    tiny = torch.finfo(matrix.dtype).tiny
+    scaled = matrix / matrix.norm().clamp_min(tiny)
     if narrows(matrix, matrix.T) and max(matrix.shape) < LONG * min(matrix.shape):
-        result = _on_the_matrix(matrix, iterations)
+        result = _on_the_matrix(scaled, iterations)
     else:
         with matmul_precision("highest", matrix.device):
-            result = _on_the_gram(matrix, iterations)
-    return result / result.square().mean().sqrt().clamp_min(torch.finfo(matrix.dtype).tiny)
+            result = _on_the_gram(scaled, iterations)
+    return result / result.square().mean().sqrt().clamp_min(tiny)
 
 
 def _on_the_matrix(matrix: Tensor, iterations: int) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
-    scaled = (matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)).to(torch.bfloat16)
-    scaled = scaled.T if tall else scaled
+    scaled = (matrix.T if tall else matrix).to(torch.bfloat16)
     a, b, c = NEWTON_SCHULZ
     for _ in range(iterations):
         gram = scaled @ scaled.T
@@ -53,9 +54,8 @@ def _on_the_matrix(matrix: Tensor, iterations: int) -> Tensor:
     return (scaled.T if tall else scaled).to(matrix.dtype)
 
 
-def _on_the_gram(matrix: Tensor, iterations: int) -> Tensor:
-    wide = matrix.shape[0] < matrix.shape[1]
-    scaled = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
+def _on_the_gram(scaled: Tensor, iterations: int) -> Tensor:
+    wide = scaled.shape[0] < scaled.shape[1]
     gram = scaled @ scaled.T if wide else scaled.T @ scaled
     a, b, c = NEWTON_SCHULZ
     product: Tensor | None = None

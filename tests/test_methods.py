@@ -695,8 +695,8 @@ def test_weights_by_name_reach_initial_and_rest() -> None:
         FDAConfig.from_options({"initial": "tsv", "weights": "a=1,b=2"}).with_sources(["a", "b", "c"], True)
 
 
-BLOCKS = {"steps": 40, "num_anchors": 64, "unit": ("block",), "adaptation_distance": "shift"}
-MLPS = {"steps": 40, "num_anchors": 8192, "num_tokens": 1, "unit": ("mlp",), "adaptation_distance": "mse"}
+BLOCKS = {"steps": 25, "num_anchors": 64, "unit": ("block",), "adaptation_distance": "shift"}
+MLPS = {"steps": 25, "num_anchors": 8192, "num_tokens": 1, "unit": ("mlp",), "adaptation_distance": "mse"}
 NEAR = {"epochs": 20, "adaptation_learning_rate": 3e-2}
 FAR = {"epochs": 60, "adaptation_learning_rate": 3e-2}
 

@@ -72,7 +72,7 @@ class FDAConfig(UnitwiseConfig):
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
     num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
     num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
-    steps: int = option(40, "construction steps", minimum=0)
+    steps: int = option(25, "construction steps", minimum=0)
     optimizer: Optimizer = option(
         "muon", "of construction: momentum made orthogonal, its step size falling to zero; or adamw, as published"
     )

@@ -5,7 +5,7 @@
 `--checkpoints` holds a folder `base` and one folder for each fine-tune, named after its task; `--tasks` holds
 `TASK.train.jsonl` and `TASK.test.jsonl` with `text`, perhaps `text_pair`, and `label`. Every row keeps the sources'
 own heads (pooler and classifier), so that rows differ in the merged body alone. Printed: accuracy by task and on
-average, the divergence from what the fine-tunes answer (nats), seconds of the merge (for FDA: of construction and of
+average, the divergence from what the fine-tunes answer (nats), CPU-seconds of the merge (for FDA: of construction and of
 adaptation), and the peak memory of its process. Anchors do not depend on where adaptation starts, so all FDA rows of
 one seed share theirs. No row of the table looks at data: the last ones are on synthetic rows.
 """
@@ -56,14 +56,14 @@ def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def merge_row(queue: Any, checkpoints: Path, names: list[str], output: Path, arguments: dict[str, Any]) -> None:
-    """One merge, in a process of its own: seconds and peak bytes go into the queue."""
+    """One merge, in a process of its own: CPU-seconds and peak bytes go into the queue."""
     import hf_fda
     from hf_fda.spending import peak_bytes
 
-    start = time.perf_counter()
+    start = time.process_time()
     sources = {name: str(checkpoints / name) for name in names}
     hf_fda.merge(str(checkpoints / "base"), sources, output=output, quiet=True, **arguments)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     queue.put((seconds, peak_bytes()))
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     logging.disable_progress_bar()
     rows = Rows(options.checkpoints, options.tasks, options.split, options.limit, options.sources)
     print(f"{options.split} rows: " + ", ".join(f"{name} {len(labels)}" for name, labels in rows.labels.items()))
-    header = ["merge", *rows.names, "average", "divergence", "seconds", "peak MB"]
+    header = ["merge", *rows.names, "average", "divergence", "CPU-seconds", "peak MB"]
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)
 
     def show(label: str, runs: list[dict[str, Score]], seconds: str = "", memory: str = "") -> None:
@@ -135,7 +135,7 @@ def slug(label: str, seed: int) -> str:
 def run_row(
     options: argparse.Namespace, names: list[str], label: str, arguments: dict[str, Any], seed: int
 ) -> tuple[list[float], float]:
-    """Do one row's merge; seconds (construction apart from the rest, for FDA) and peak bytes."""
+    """Do one row's merge; CPU-seconds (construction apart from the rest, for FDA) and peak bytes."""
     output = options.work / slug(label, seed)
     if arguments["method"] != "fda":
         seconds, peak = in_process(merge_row, options.checkpoints, names, output, {**arguments, "seed": seed})

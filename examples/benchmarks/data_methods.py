@@ -5,7 +5,7 @@
 
 Folders as in `arena.py`. The merges get rows of the training files without their labels, sampled by the seed. Every
 merge keeps the sources' own heads (pooler and classifier). Printed: accuracy by task and on average, the divergence
-from what the fine-tunes answer (nats), seconds and the peak memory of the merge's process; for more than one seed the
+from what the fine-tunes answer (nats), CPU-seconds and the peak memory of the merge's process; for more than one seed the
 mean and standard deviation. With `--curve` also how far the average accuracy falls below that of the fine-tunes as
 there are more of them: for each number from two up, the first so many in each of three cyclic orders, as a table and
 as a picture.
@@ -101,7 +101,7 @@ class Table:
     def merged(
         self, label: str, arguments: dict[str, Any], names: Sequence[str], seed: int, count: int | None
     ) -> tuple[dict[str, Score], float, float]:
-        """One merge's scores, its seconds and its peak bytes."""
+        """One merge's scores, its CPU-seconds and its peak bytes."""
         given = {**arguments, "seed": seed}
         if count is not None:
             given |= {"data": self.data(names), "rows": count, "max_length": MAX_LENGTH}
@@ -168,7 +168,7 @@ def main() -> None:
     rows = Rows(options.checkpoints, options.tasks, options.split, options.limit)
     table = Table(options.work, rows, options.tasks)
     print(f"{options.split} rows: " + ", ".join(f"{name} {len(labels)}" for name, labels in rows.labels.items()))
-    header = ["merge", "rows", *rows.names, "average", "divergence", "seconds", "peak MB"]
+    header = ["merge", "rows", *rows.names, "average", "divergence", "CPU-seconds", "peak MB"]
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)
 
     def wanted(label: str) -> bool:

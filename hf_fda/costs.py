@@ -133,7 +133,7 @@ class Shown:
 
 def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
     """All steps of constructing one unit's anchors for one source (it may stop earlier, by `patience`)."""
-    tokens, steps = (config.num_anchors or 0) * tokens_of(base, config), config.steps
+    tokens, steps = (config.num_anchors or 0) * tokens_of(base, config), config.steps or 0
     parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
     activations = 4 * tokens * outputs(base, unit.tensors)
     return Work(

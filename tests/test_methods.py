@@ -709,6 +709,7 @@ FAR = {"epochs": 60, "adaptation_learning_rate": 3e-2}
         ("vision", 768, {"parametrization": "parameters"}, {"epochs": 100, "adaptation_learning_rate": 1e-5}),
         ("encoder", 768, {"initial": "base"}, {**BLOCKS, **FAR, "num_tokens": 5, "position_embeddings": True}),
         ("encoder", 1024, {"initial": "wudi"}, {**BLOCKS, **NEAR}),
+        ("encoder", 768, {"optimizer": "adamw"}, {"steps": 1200, "patience": 40}),
         ("encoder", 768, {"parametrization": "parameters"}, {"epochs": 125, "adaptation_learning_rate": 5e-5}),
         ("encoder", 1024, {"parametrization": "parameters"}, {"epochs": 25, "adaptation_learning_rate": 5e-5}),
         ("encoder", 768, {"parametrization": "factors", "initial": "tsv"}, {"epochs": 40, "interpolation": 1.0}),

@@ -5,9 +5,9 @@
 `--checkpoints` holds a folder `base` and one folder for each fine-tune, named after its task; `--tasks` holds
 `TASK.train.jsonl` and `TASK.test.jsonl` with `text`, perhaps `text_pair`, and `label`. Every row keeps the sources'
 own heads (pooler and classifier), so that rows differ in the merged body alone. Printed: accuracy by task and on
-average, the divergence from what the fine-tunes answer (nats), CPU-seconds of the merge (for FDA: of construction and of
-adaptation), and the peak memory of its process. Anchors do not depend on where adaptation starts, so all FDA rows of
-one seed share theirs. No row of the table looks at data: the last ones are on synthetic rows.
+average, the divergence from what the fine-tunes answer (nats), CPU-seconds of the merge (for FDA: of construction and
+of adaptation), and the peak memory of its process. Anchors do not depend on where adaptation starts, so all FDA rows
+of one seed share theirs. No row of the table looks at data: the last ones are on synthetic rows.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 Folders as in `arena.py`. The merges get rows of the training files without their labels, sampled by the seed. Every
 merge keeps the sources' own heads (pooler and classifier). Printed: accuracy by task and on average, the divergence
-from what the fine-tunes answer (nats), CPU-seconds and the peak memory of the merge's process; for more than one seed the
-mean and standard deviation. With `--curve` also how far the average accuracy falls below that of the fine-tunes as
+from what the fine-tunes answer (nats), CPU-seconds and the peak memory of the merge's process; for more than one seed
+the mean and standard deviation. With `--curve` also how far the average accuracy falls below that of the fine-tunes as
 there are more of them: for each number from two up, the first so many in each of three cyclic orders, as a table and
 as a picture.
 """

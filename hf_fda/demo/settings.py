@@ -16,6 +16,6 @@ class Settings:
 
     base_epochs: int = 30
     fine_tune_epochs: int = 10
-    steps: int = 40
+    steps: int = 25
     num_anchors: int = 64
     epochs: int | None = None

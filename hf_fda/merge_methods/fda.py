@@ -41,6 +41,9 @@ COEFFICIENT_EPOCHS = 20
 FACTOR_EPOCHS = 40
 """The same on thin factors, which a start of full rank has been cut to."""
 
+STEPS: dict[Optimizer, int] = {"muon": 25, "adamw": 1200}
+"""Construction steps, at most."""
+
 PROPAGATED_EPOCHS, PROPAGATED_BATCH = 10, 32
 """Passes over few rows, and examples a step, where blocks are adapted one after the other: as in `distill`."""
 
@@ -72,7 +75,7 @@ class FDAConfig(UnitwiseConfig):
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
     num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
     num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
-    steps: int = option(25, "construction steps", minimum=0)
+    steps: int | None = option(None, "construction steps; none: 25 of muon, of adamw 1200 as published", minimum=0)
     optimizer: Optimizer = option(
         "muon", "of construction: momentum made orthogonal, its step size falling to zero; or adamw, as published"
     )
@@ -156,6 +159,7 @@ class FDAConfig(UnitwiseConfig):
         chosen: dict[str, Any] = {
             "unit": ("mlp",) if family == "decoder" else ("block",),
             "num_anchors": 8192 if family == "decoder" else 64,
+            "steps": STEPS[self.optimizer],
             "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
             "position_embeddings": family == "encoder",
             # A head of a task's own reads what that task wrote; one output layer for all reads everything alike.

@@ -170,7 +170,7 @@ class Model:
         """Peak bytes on the device of constructing and of adapting one unit."""
         inputs: Any = SimpleNamespace(base=self.base, sources=range(self.sources))
         constructing = estimate.construction_bytes(inputs, self.config, self.unit)
-        return constructing, estimate.adaptation_bytes(inputs, self.config, self.unit)
+        return constructing, estimate.adaptation_bytes(inputs, self.config, self.unit, {})
 
 
 def parts_of(model: Model, passes: dict[str, Passes], options: argparse.Namespace) -> dict[str, tuple[float, float]]:

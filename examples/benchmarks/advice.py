@@ -60,7 +60,7 @@ def digits(options: argparse.Namespace) -> Case:
     images = load_rows(0)
     torch.set_num_threads(1)
     base, tuned = make_models(options.work / "digits/models", images.train, Settings(), 0, print)
-    held = None
+    held: dict[str, Any] | None = None
     if options.tried:
         held = {}
         for task, disguise in TASKS.items():

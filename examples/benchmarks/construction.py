@@ -62,7 +62,7 @@ def load_block(options: argparse.Namespace, tokens: int, device: torch.device) -
         base, read = ModelCheckpoint(model, "base"), ModelCheckpoint(tuned, "source").read
     else:
         base = open_checkpoint(options.base)
-        read = align(base, open_checkpoint(options.source), "source").read  # type: ignore[arg-type]
+        read = align(base, open_checkpoint(options.source), "source").read  # type: ignore[assignment]
     unit = find_units(base.layout, ("block",))[0 if options.shape else options.block]
     call = capture_calls(base, [unit], tokens, device).calls[unit.name]
     first, second = (

@@ -52,7 +52,8 @@ def encoder_block(options: argparse.Namespace, number: int) -> nn.Module:
     torch.manual_seed(number)
     sizes: dict[str, Any] = {"hidden_size": options.hidden or 768, "intermediate_size": options.intermediate or 3072}
     sizes |= {"num_attention_heads": options.heads, "num_hidden_layers": 1, "vocab_size": 8}
-    config = RobertaConfig(**sizes, attn_implementation="eager")  # has second derivatives on every device
+    sizes |= {"attn_implementation": "eager"}  # has second derivatives on every device
+    config = RobertaConfig(**sizes)
     block: nn.Module = RobertaModel(config).encoder.layer[0]
     return block.eval().requires_grad_(False).to(options.device)
 

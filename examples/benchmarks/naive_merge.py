@@ -159,7 +159,7 @@ def score_plain(rows: Rows, merged: Any) -> dict[str, Score]:
     return scores
 
 
-def package_merge(rows: Rows, seed: int, settings: dict[str, str]) -> tuple[dict[str, Score], float]:
+def package_merge(rows: Rows, seed: int, settings: dict[str, Any]) -> tuple[dict[str, Score], float]:
     """Scores and CPU-seconds of `hf_fda.merge`, with its defaults but for some options."""
     import hf_fda
 
@@ -198,7 +198,7 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a bare model leaves the heads of the fine-tunes out
     rows = Rows(options.checkpoints, options.tasks, "test", options.limit, options.sources)
-    merges: dict[str, dict[str, str]] = {"defaults": {}}
+    merges: dict[str, dict[str, Any]] = {"defaults": {}}
     if options.set:
         merges[", ".join(options.set)] = dict(item.split("=", 1) for item in options.set)
     own: dict[str, float] = {}

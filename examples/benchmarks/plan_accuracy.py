@@ -48,13 +48,13 @@ def measure(queue: Any, work: Path, method: str, options: dict[str, Any]) -> Non
         plan = hf_fda.plan(
             folders[0], folders[1 : count + 1], method, output=output, dtype="auto", processes=1, **options
         )
-        assert plan.time is not None
         start = time.perf_counter()
         run(plan, quiet=True)
         seconds = time.perf_counter() - start
         disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         shutil.rmtree(output)
     memory = max(resident("VmHWM") - before, 1)
+    assert plan.time is not None
     queue.put([(plan.peak_memory_bytes, memory), (plan.disk_bytes, disk), (plan.time.seconds, seconds)])
 
 

@@ -21,8 +21,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-STEPS = {"num_anchors": 64, "steps": 30, "patience": None, "epochs": 20, "initial": "task_arithmetic"}
+STEPS: dict[str, Any] = {"num_anchors": 64, "steps": 30, "patience": None, "epochs": 20, "initial": "task_arithmetic"}
 
 
 def make(folder: Path, hidden: int, layers: int, sources: int) -> None:

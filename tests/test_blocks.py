@@ -12,9 +12,10 @@ import transformers as t
 from conftest import FAMILIES, TEXT, make_model
 from torch import Tensor, nn
 
-from hf_fda.blocks import capture_calls, find_blocks, find_units, make_unit, regions
+from hf_fda.blocks import capture, capture_calls, find_blocks, find_units, make_unit, regions
 from hf_fda.blocks.discovery import example_inputs, family_of
 from hf_fda.checkpoint import ModelLayout, open_checkpoint
+from hf_fda.checkpoint.layout import meta_model
 from hf_fda.errors import InputError
 
 Library = Callable[[str], tuple[Path, list[Path]]]
@@ -299,6 +300,54 @@ def test_each_layer_is_captured_with_its_own_mask() -> None:
         hidden, output = seen[unit.name]
         with torch.no_grad():
             assert torch.equal(calls[unit.name](module, hidden), output)
+
+
+class Watched:
+    """A checkpoint that notes which tensors are read."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint, self.seen = checkpoint, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.checkpoint, name)
+
+    def read(self, name: str) -> Tensor:
+        self.seen.add(name)
+        return self.checkpoint.read(name)
+
+
+@pytest.mark.parametrize("family", ["bert", "clip-text", "gpt2", *DECODERS])
+def test_calls_of_text_blocks_are_captured_without_their_weights(family: str, library: Library) -> None:
+    checkpoint = Watched(open_checkpoint(library(family)[0]))
+    units = find_units(checkpoint.layout, ("block",))
+    capture_calls(checkpoint, units, 5, CPU)
+    assert not checkpoint.seen & {name for unit in units for name in unit.tensors}
+
+
+def test_blocks_run_where_calls_depend_on_them(library: Library) -> None:
+    checkpoint = Watched(open_checkpoint(library("t5")[0]))  # its first block makes what all others are called with
+    units = find_units(checkpoint.layout, ("block",))
+    capture_calls(checkpoint, units, 5, CPU)
+    assert checkpoint.seen >= {name for unit in units for name in unit.tensors}
+
+
+def test_blocks_run_where_a_call_moves_with_their_hidden_states(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lean(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (args[0], args[0].mean().expand(1, 1, 5, 5), *args[2:]), kwargs
+
+    def leaning(config: Any, model_class: Any) -> Any:
+        model = meta_model(config, model_class)
+        for block in find_blocks(model):
+            model.get_submodule(block).register_forward_pre_hook(lean, with_kwargs=True)
+        return model
+
+    checkpoint = Watched(open_checkpoint(library("bert")[0]))
+    units = find_units(checkpoint.layout, ("block",))
+    monkeypatch.setattr(capture, "meta_model", leaning)
+    capture_calls(checkpoint, units, 5, CPU)
+    assert checkpoint.seen & set(units[0].tensors)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5", "mixtral"])

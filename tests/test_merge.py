@@ -46,6 +46,41 @@ def test_a_merge_by_anchors_loads_with_plain_transformers_and_runs(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ODD_BLOCKS: dict[str, Callable[[], Any]] = {
+    "a bias of positions for each head": lambda: t.BloomForCausalLM(
+        t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)
+    ),
+    "buffers that are saved": lambda: t.ApertusForCausalLM(t.ApertusConfig(**SIZES, **HEADS, **IDS)),
+    "a router that returns more than a tensor": lambda: t.PhimoeForCausalLM(
+        t.PhimoeConfig(**SIZES, **HEADS, **IDS, num_local_experts=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD_BLOCKS)
+def test_blocks_with_unusual_parts_are_merged_by_anchors(what: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = ODD_BLOCKS[what]().eval()
+    base.save_pretrained(tmp_path / "base")
+    sources = {f"source{seed}": fine_tune(base, seed=seed) for seed in (1, 2)}
+    for name, source in sources.items():
+        source.save_pretrained(tmp_path / name)
+    merged = hf_fda.merge(
+        tmp_path / "base", {name: tmp_path / name for name in sources}, method="fda", quiet=True, **FAST,
+        output=tmp_path / "merged",
+    )  # fmt: skip
+    before, after = weights(tmp_path / "base"), weights(merged.folder)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved >= {
+        name for name, _ in base.named_parameters() if name in before and (".layers.1." in name or ".h.1." in name)
+    }
+    assert all(value.isfinite().all() for value in after.values())
+
+
 @pytest.mark.parametrize(
     ("family", "start"),
     [

@@ -106,7 +106,7 @@ class AnchorBuilder:
 
 
 def load_unit(layout: ModelLayout, read: Callable[[str], Tensor], unit: Unit, device: torch.device) -> nn.Module:
-    """A unit on a device in float32.
+    """A unit on a device, its floating-point numbers in float32; with what it holds beside its parameters.
 
     Args:
         layout: the base's.
@@ -114,7 +114,8 @@ def load_unit(layout: ModelLayout, read: Callable[[str], Tensor], unit: Unit, de
         unit: which.
         device: where.
     """
-    tensors = {name: read(name).to(device, torch.float32) for name in unit.tensors}
+    held = {name: read(name).to(device) for name in layout.names if name.startswith(f"{unit.name}.")}
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in held.items()}
     return make_unit(layout, unit, tensors, device)
 
 

@@ -237,8 +237,8 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _recorder(tape: Tape, path: str) -> Any:
-    def record(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not args or not output.requires_grad:
+    def record(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        if not args or not isinstance(output, Tensor) or not output.requires_grad:
             return  # `make_matcher` finds the cosine wrong, and leaves the layer to autograd
         tape.inputs.setdefault(path, []).append(args[0])
         tape.outputs.setdefault(path, []).append(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_fda.blocks.discovery import Unit, example_inputs, find_blocks
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import ModelLayout, meta_model
+from hf_fda.errors import InputError
 
 
 class Weights(Protocol):
@@ -41,8 +42,9 @@ class UnitCall:
     """Everything a unit is called with beside its hidden states.
 
     Calling it with the unit's module and x (n, T, d) gives the unit's output (n, T, d'). An argument that is `batched`
-    belongs to rows: it is there once for all rows, or for each of them (then `at` chooses). `along` says which of each
-    argument's dimensions run over positions; None where that is not known, and the call cannot be cut.
+    belongs to rows: it is there once for all rows, or for each of them (then `at` chooses). Those numbered in `folded`
+    are given to the unit with their first two dimensions as one (a bias for every row's heads). `along` says which of
+    each argument's dimensions run over positions; None where that is not known, and the call cannot be cut.
     """
 
     arguments: Any = ((None,), {})
@@ -51,6 +53,7 @@ class UnitCall:
     size: int | None = None
     tokens: int | None = None
     along: tuple[tuple[int, ...], ...] | None = None
+    folded: tuple[int, ...] = ()
 
     def to(self, dtype: torch.dtype) -> UnitCall:
         """The same call with its floating-point arguments in another type."""
@@ -86,6 +89,8 @@ class UnitCall:
                 leaf.expand(len(x), *leaf.shape[1:]) if batched else leaf
                 for leaf, batched in zip(leaves, self.batched, strict=True)
             ]
+        for number in self.folded:
+            leaves[number] = leaves[number].flatten(0, 1)
         args, kwargs = tree_unflatten(leaves, tree)
         if isinstance(self.hidden, str):
             output = module(*args, **kwargs | {self.hidden: x})
@@ -106,8 +111,9 @@ def capture_calls(base: Checkpoint, units: Sequence[Unit], tokens: int | None, d
     """Capture how each unit is called.
 
     In a text model, a unit whose forward takes hidden states alone (an MLP) needs no run. Otherwise the base runs
-    twice, on one and on two random examples, each module's weights read when it is entered and dropped when it is
-    left; an argument whose first dimension differs between the runs belongs to the batch.
+    twice, on one and on two random examples; an argument whose first dimension differs between the runs belongs to the
+    batch. Where blocks of a text model are called alike whatever those before them return, they are skipped; elsewhere
+    each module's weights are read when it is entered and dropped when it is left.
 
     Args:
         base: the base checkpoint.
@@ -118,9 +124,46 @@ def capture_calls(base: Checkpoint, units: Sequence[Unit], tokens: int | None, d
     if tokens is not None and _needs_no_run(base.layout.model, units):
         size = int(base.config.get_text_config().hidden_size)
         return Capture({unit.name: UnitCall(size=size, tokens=tokens) for unit in units})
+    if tokens is not None:
+        found = _without_blocks(base, units, tokens, device)
+        if found is not None:
+            return found
     one, positions = _run(base, units, 1, tokens or 5, device)
     two, _ = _run(base, units, 2, tokens or 5, device)
     return Capture({name: _call(one[name], two[name]) for name in one}, positions)
+
+
+def _without_blocks(base: Checkpoint, units: Sequence[Unit], tokens: int, device: torch.device) -> Capture | None:
+    """The calls of whole blocks, found without any block's weights: every block hands on its hidden states, once as
+    they are and once moved. None where that changes a call, or a model wants more of its blocks."""
+    if any(unit.name != unit.block for unit in units):
+        return None
+    try:
+        one, positions = _run(base, units, 1, tokens, device, skip=0.0)
+        moved, _ = _run(base, units, 1, tokens, device, skip=1.0)
+        two, _ = _run(base, units, 2, tokens, device, skip=0.0)
+        calls = {unit.name: _call(one[unit.name], two[unit.name]) for unit in units}
+    except Exception:  # what a model does with its blocks' outputs, which may be more than hidden states, is its own
+        return None
+    size = base.config.get_text_config().hidden_size
+    shapes = {_hidden(seen[unit.name]).shape for seen in (one, moved) for unit in units}
+    alike = all(_same_beside_hidden(one[unit.name], moved[unit.name]) for unit in units)
+    return Capture(calls, positions) if alike and shapes == {(1, tokens, size)} else None
+
+
+def _same_beside_hidden(one: Any, other: Any) -> bool:
+    """Whether two calls have the same arguments but for the hidden states."""
+    (leaves, tree), (others, structure) = tree_flatten(one), tree_flatten(other)
+    own, hidden = _hidden(one), _hidden(other)
+    return tree == structure and all(
+        (leaf is own and peer is hidden) or _equal(leaf, peer) for leaf, peer in zip(leaves, others, strict=True)
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return bool(one == other)
 
 
 def _needs_no_run(model: PreTrainedModel, units: Sequence[Unit]) -> bool:
@@ -136,8 +179,10 @@ def _is_position_table(path: str, module: nn.Module) -> bool:
 
 
 def _run(
-    base: Checkpoint, units: Sequence[Unit], batch: int, tokens: int, device: torch.device
+    base: Checkpoint, units: Sequence[Unit], batch: int, tokens: int, device: torch.device, skip: float | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What units are called with, and the positions that were asked for, in a run of the base; with `skip` its blocks
+    do nothing but add that number."""
     layout = base.layout
     model = meta_model(layout.config, layout.model_class)
     seen: dict[str, Any] = {}
@@ -150,11 +195,20 @@ def _run(
             module.register_forward_pre_hook(
                 lambda _module, args, name=f"{path}.weight": positions.__setitem__(name, args[0].detach().cpu())
             )
-    stream_weights(model, base, device)
+    skipped = () if skip is None else find_blocks(model)
+    for block in skipped:
+        model.get_submodule(block).forward = lambda *args, **kwargs: _hidden((args, kwargs)) + (skip or 0)
+    stream_weights(model, base, device, skipped)
     body: Any = model.base_model
     with torch.no_grad():
         body(**example_inputs(body, batch, tokens, device))
     return seen, positions
+
+
+def _hidden(call: Any) -> Tensor:
+    """The hidden states of a call."""
+    args, kwargs = call
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def _recorder(seen: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -164,7 +218,9 @@ def _recorder(seen: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any]
     return record
 
 
-def stream_weights(model: PreTrainedModel, checkpoint: Weights, device: torch.device) -> None:
+def stream_weights(
+    model: PreTrainedModel, checkpoint: Weights, device: torch.device, skipped: Collection[str] = ()
+) -> None:
     """Make a meta model runnable with little memory: a block, or a module outside the blocks, holds its weights only
     while it runs.
 
@@ -172,6 +228,7 @@ def stream_weights(model: PreTrainedModel, checkpoint: Weights, device: torch.de
         model: on the meta device with real buffers, of the checkpoint's own class.
         checkpoint: where the weights come from.
         device: where to run.
+        skipped: blocks that get no weights.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -182,7 +239,7 @@ def stream_weights(model: PreTrainedModel, checkpoint: Weights, device: torch.de
     tied = checkpoint.layout.tied
     for path, module in model.named_modules():
         whole = path in blocks
-        if path.startswith(inside) or not (whole or module._parameters):
+        if path in skipped or path.startswith(inside) or not (whole or module._parameters):
             continue
         loader, dropper = _weight_hooks(path, module, checkpoint, tied, device, recurse=whole)
         module.register_forward_pre_hook(loader, prepend=True)
@@ -224,14 +281,21 @@ def _weight_hooks(
 
 def _call(one: Any, two: Any) -> UnitCall:
     """The call of a unit from its arguments on one example and on two."""
-    args, kwargs = one
-    hidden: int | str = 0 if args else "hidden_states"
-    x = args[0] if args else kwargs["hidden_states"]
+    hidden: int | str = 0 if one[0] else "hidden_states"
+    x = _hidden(one)
+    if x.ndim != 3:
+        raise InputError(
+            f"blocks take hidden states {tuple(x.shape)} here, not (examples, tokens, width), and cannot be merged "
+            "whole; name parts of them, such as unit='mlp'"
+        )
     leaves, tree = tree_flatten(one)
     others, _ = tree_flatten(two)
     batched = tuple(
-        isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == 1 and other.shape[0] == 2
+        isinstance(leaf, Tensor) and leaf.ndim > 0 and 2 * leaf.shape[0] == other.shape[0] > 0
         for leaf, other in zip(leaves, others, strict=True)
     )
-    kept = tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree)
-    return UnitCall(kept, batched, hidden, size=x.shape[-1], tokens=x.shape[1])
+    folded = tuple(number for number, own in enumerate(batched) if own and len(leaves[number]) > 1)
+    kept = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    for number in folded:
+        kept[number] = kept[number][None]
+    return UnitCall(tree_unflatten(kept, tree), batched, hidden, size=x.shape[-1], tokens=x.shape[1], folded=folded)

@@ -76,6 +76,7 @@ def find_units(layout: ModelLayout, unit: tuple[str, ...]) -> tuple[Unit, ...]:
         InputError: when the model has no blocks, a submodule is missing, or one unit lies inside another.
     """
     units = []
+    buffers = {name for name, _ in layout.model.named_buffers()}
     for block in require_blocks(layout):
         for part in unit:
             path = block if part == "block" else f"{block}.{part}"
@@ -89,7 +90,7 @@ def find_units(layout: ModelLayout, unit: tuple[str, ...]) -> tuple[Unit, ...]:
                 raise InputError(
                     f"unit: block '{block}' has no submodule '{part}': {nearest(part, children)}"
                 ) from None
-            tensors = tuple(name for name in layout.names if name.startswith(path + "."))
+            tensors = tuple(name for name in layout.names if name.startswith(path + ".") and name not in buffers)
             units.append(Unit(path, block, tensors))
     names = [one.name for one in units]
     for name in names:

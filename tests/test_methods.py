@@ -696,7 +696,7 @@ def test_weights_by_name_reach_initial_and_rest() -> None:
 
 
 BLOCKS = {"steps": 25, "num_anchors": 64, "unit": ("block",), "adaptation_distance": "shift"}
-MLPS = {"steps": 25, "num_anchors": 8192, "num_tokens": 1, "unit": ("mlp",), "adaptation_distance": "mse"}
+DECODER = {**BLOCKS, "num_tokens": 5, "position_embeddings": False, "adaptation_distance": "mse"}
 NEAR = {"epochs": 20, "adaptation_learning_rate": 3e-2}
 FAR = {"epochs": 60, "adaptation_learning_rate": 3e-2}
 
@@ -714,9 +714,13 @@ FAR = {"epochs": 60, "adaptation_learning_rate": 3e-2}
         ("encoder", 1024, {"parametrization": "parameters"}, {"epochs": 25, "adaptation_learning_rate": 5e-5}),
         ("encoder", 768, {"parametrization": "factors", "initial": "tsv"}, {"epochs": 40, "interpolation": 1.0}),
         ("encoder", 768, {"parametrization": "coefficients", "initial": "tsv"}, {"epochs": 20, "interpolation": 0.5}),
-        ("decoder", 768, {"parametrization": "factors", "initial": "base"}, {"epochs": 60, "interpolation": 1.0}),
-        ("decoder", 5120, {"initial": "base"}, {**MLPS, **FAR, "position_embeddings": False}),
-        ("decoder", 5120, {"initial": "tsv"}, {**MLPS, **NEAR}),
+        ("decoder", 128, {"parametrization": "factors", "initial": "base"}, {"epochs": 60, "interpolation": 1.0}),
+        ("decoder", 128, {"initial": "base"}, {**DECODER, **FAR}),
+        ("decoder", 128, {"initial": "tsv"}, {**DECODER, **FAR}),
+        ("decoder", 768, {"initial": "tsv"}, {**DECODER, **FAR, "num_anchors": 384, "epochs": 10}),
+        ("decoder", 5120, {"initial": "tsv"}, {**DECODER, **FAR, "num_anchors": 1600, "epochs": 3}),
+        ("decoder", 5120, {"initial": "tsv", "num_anchors": 128}, {**DECODER, **FAR, "num_anchors": 128, "epochs": 30}),
+        ("decoder", 5120, {"parametrization": "parameters"}, {"epochs": 25, "adaptation_learning_rate": 5e-5}),
     ],
 )
 def test_open_options_are_chosen_for_the_kind_of_model(
@@ -727,7 +731,7 @@ def test_open_options_are_chosen_for_the_kind_of_model(
     open_still = {name for name, value in config.options().items() if value is None}
     assert open_still <= {"num_tokens", "rest", "initial", "parametrization"}
     assert (config.learning_rate, config.distance, config.initialization) == (1e-2, "cosine", "weights")
-    assert config.batch_size == (2048 if family == "decoder" else 128)
+    assert config.batch_size == 128
 
 
 @pytest.mark.parametrize(

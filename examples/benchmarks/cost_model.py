@@ -124,7 +124,7 @@ class Model:
         self.sources, self.blocks, self.width = sources, blocks, width
         self.unit: Unit = find_units(layout, self.config.unit or ())[0]
         self.tokens = (self.config.num_anchors or 0) * (self.config.num_tokens or 0)
-        self.mlp = int(costs.active_entries(self.base, self.unit.tensors))
+        self.moved = int(costs.active_entries(self.base, self.unit.tensors))
         self.outputs = costs.outputs(self.base, self.unit.tensors)
         self.entries = sum(torch.Size(layout.shapes[own]).numel() for own in layout.names)
 
@@ -137,7 +137,7 @@ class Model:
         """Constructing one unit for one source, without Muon's products."""
         steps = self.config.steps or 0
         work = costs.construction(self.base, self.config, self.unit)
-        each = passes.parameters * self.mlp + passes.activations * self.tokens * self.outputs
+        each = passes.parameters * self.moved + passes.activations * self.tokens * self.outputs
         return dataclasses.replace(work, moved=steps * 4 * each, files=0)
 
     def adaptation(self, passes: Passes) -> costs.Work:
@@ -147,7 +147,7 @@ class Model:
         epochs, anchors = self.config.epochs or 0, (self.config.num_anchors or 0) * self.sources
         steps = epochs * ceil(anchors / (self.config.batch_size or 1))
         each = epochs * passes.activations * self.tokens * self.sources * self.outputs
-        return dataclasses.replace(work, moved=4 * (steps * passes.parameters * self.mlp + each), files=0)
+        return dataclasses.replace(work, moved=4 * (steps * passes.parameters * self.moved + each), files=0)
 
     def start(self) -> float:
         """FLOPs of merging one unit in parameter space, where adaptation starts."""
@@ -158,12 +158,12 @@ class Model:
     def files(self, stored: int) -> tuple[float, float]:
         """Bytes read and written, weights on disk having `stored` bytes, the merged model four.
 
-        Of a source the MLPs are read twice (construction, adaptation) and all else once; of the base the MLPs once for
-        each source and twice for adaptation. Anchors with targets and adapted units are written and read once.
+        Of a source the blocks are read twice (construction, adaptation) and all else once; of the base the blocks once
+        for each source and twice for adaptation. Anchors with targets and adapted units are written and read once.
         """
-        mlps, between = self.blocks * self.mlp, 4.0 * self.blocks * self.mlp
+        inside, between = self.blocks * self.moved, 4.0 * self.blocks * self.moved
         between += 4.0 * 2 * self.blocks * self.sources * self.tokens * self.width
-        read = stored * (self.sources * (self.entries + mlps) + self.entries + (self.sources + 1) * mlps)
+        read = stored * (self.sources * (self.entries + inside) + self.entries + (self.sources + 1) * inside)
         return read + between, 4 * self.entries + between
 
     def memory(self) -> tuple[int, int]:

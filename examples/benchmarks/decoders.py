@@ -4,9 +4,9 @@
 
 `--tasks` holds `TASK.train.jsonl` and `TASK.test.jsonl` with `text` and `label`. Printed for each merge: by task and
 on average the accuracy of the label's word and the nats per token of the text, and the seconds of the merge (for FDA:
-of construction and of adaptation). There are no task heads: one merged model answers for every task. FDA merges each
-block's MLP; the rest of a block comes from where adaptation starts, and embeddings, last norm and output layer from
-task arithmetic. Anchors do not depend on where adaptation starts, so all FDA rows of one seed share theirs.
+of construction and of adaptation). There are no task heads: one merged model answers for every task. FDA merges
+blocks; embeddings, last norm and output layer come from task arithmetic. Anchors do not depend on where adaptation
+starts, so all FDA rows of one seed share theirs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def table_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         rows[f"isotropic {scaling}"] = {"method": "isotropic", "scaling": scaling}
     settings = dict(item.split("=", 1) for item in options.set)
     for start, initial in STARTS.items():
-        rows[f"fda from {start}"] = {"method": "fda", "num_anchors": options.num_anchors, **initial, **settings}
+        rows[f"fda from {start}"] = {"method": "fda", **initial, **settings}
     return {name: row for name, row in rows.items() if not options.only or any(part in name for part in options.only)}
 
 
@@ -62,7 +62,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the FDA rows")
-    parser.add_argument("--num-anchors", type=int, default=512, help="anchors per MLP and source (published: 8192)")
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="more options of the FDA rows")
     return parser.parse_args()

@@ -35,11 +35,14 @@ CONSTRUCTION_FIELDS = (
 )
 """The options that determine the anchors; the others only act on the merge."""
 
-COEFFICIENT_EPOCHS = 20
-"""Passes of adaptation on coefficients, three times as many from the base, which is further away."""
+COEFFICIENT_EPOCHS, FAR_EPOCHS = 20, 60
+"""Passes of adaptation on coefficients, over few anchors; and from the base, which is further away, or in decoders."""
 
 FACTOR_EPOCHS = 40
 """The same on thin factors, which a start of full rank has been cut to."""
+
+FEW_ANCHORS, MANY_ANCHORS = 64, 1600
+"""Anchors of a unit; and of wide decoders at most, with about as many tokens as their published 8,192."""
 
 STEPS: dict[Optimizer, int] = {"muon": 25, "adamw": 1200}
 """Construction steps, at most."""
@@ -73,7 +76,9 @@ class FDAConfig(UnitwiseConfig):
         "none: task_arithmetic, or base where a source is anchors only, with nothing beside them",
     )
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
-    num_anchors: int | None = option(None, "anchors per block and source; by kind of model", minimum=1)
+    num_anchors: int | None = option(
+        None, "anchors per block and source; none: 64, in decoders half the width from 128 to 3,200", minimum=1
+    )
     num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
     steps: int | None = option(None, "construction steps; none: 25 of muon, of adamw 1200 as published", minimum=0)
     optimizer: Optimizer = option(
@@ -94,7 +99,8 @@ class FDAConfig(UnitwiseConfig):
     )
     epochs: int | None = option(
         None,
-        "passes of adaptation over all anchors, or rows; by parametrization, and fewer over more than 64 rows a task",
+        "passes of adaptation over all anchors, or rows; by parametrization and kind of model, and fewer over more "
+        "than 64 anchors or rows a task",
         minimum=0,
     )
     adaptation_learning_rate: float | None = option(None, "Adam step size of adaptation; by parametrization", minimum=0)
@@ -132,10 +138,7 @@ class FDAConfig(UnitwiseConfig):
         "synthetic rows, else states",
     )
     batch_size: int | None = option(
-        None,
-        "anchors and rows per adaptation step; none: 128 (32 where propagated), or a quarter of num_anchors where that "
-        "is more",
-        minimum=1,
+        None, "anchors and rows per adaptation step; none: 128, or 32 where propagated", minimum=1
     )
 
     @property
@@ -156,33 +159,37 @@ class FDAConfig(UnitwiseConfig):
             own = dataclasses.replace(self, with_data="propagated" if synthetic else "states")
             return own.for_family(family, hidden_size, rows)
         large = hidden_size >= 1024 and family != "vision"
+        decoder = family == "decoder"
         chosen: dict[str, Any] = {
-            "unit": ("mlp",) if family == "decoder" else ("block",),
-            "num_anchors": 8192 if family == "decoder" else 64,
+            "unit": ("block",),
+            # The gradient of a matrix has no higher rank than there are tokens.
+            "num_anchors": min(max(FEW_ANCHORS, hidden_size // 2), MANY_ANCHORS) if decoder else FEW_ANCHORS,
             "steps": STEPS[self.optimizer],
-            "num_tokens": {"vision": None, "encoder": 5, "decoder": 1}[family],
+            "num_tokens": None if family == "vision" else 5,
             "position_embeddings": family == "encoder",
             # A head of a task's own reads what that task wrote; one output layer for all reads everything alike.
-            "adaptation_distance": "mse" if family == "decoder" else "shift",
+            "adaptation_distance": "mse" if decoder else "shift",
         }
         if self.parametrization == "parameters":
             chosen["epochs"] = 100 if family == "vision" else 25 if large else 125
             chosen["adaptation_learning_rate"] = 1e-5 if family == "vision" else 5e-5
+            looked_at = rows  # any number of anchors is passed over as often as was published
         else:
             passes = FACTOR_EPOCHS if self.parametrization == "factors" else COEFFICIENT_EPOCHS
-            chosen["epochs"] = 3 * COEFFICIENT_EPOCHS if self.initial == "base" else passes
+            chosen["epochs"] = FAR_EPOCHS if decoder or self.initial == "base" else passes
             chosen["adaptation_learning_rate"] = COEFFICIENT_STEP
+            alone = rows > 0 and self.with_data == "states"
+            looked_at = rows if alone else max(rows, self.num_anchors or chosen["num_anchors"])
         propagates = self.propagates and rows > 0
         if propagates:
             chosen |= {"epochs": PROPAGATED_EPOCHS, "adaptation_learning_rate": COEFFICIENT_STEP}
-        chosen["epochs"] = passes_over(rows, chosen["epochs"])
+        chosen["epochs"] = passes_over(looked_at, chosen["epochs"])
         # A start in singular directions holds what anchors do not show: stay half way (WiSE-FT, arXiv 2109.01903).
         # Cut to the rank of factors it holds that no longer.
         spectral = isinstance(self.initial, MethodConfig) and self.initial.rotates and self.parametrization != "factors"
         # What the merged blocks make of rows shows it.
         chosen["interpolation"] = 0.5 if spectral and family != "vision" and not propagates else 1.0
-        batch = PROPAGATED_BATCH if propagates else 128
-        chosen["batch_size"] = max(batch, (self.num_anchors or chosen["num_anchors"]) // 4)
+        chosen["batch_size"] = PROPAGATED_BATCH if propagates else 128
         open_options = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **open_options)
 

@@ -22,7 +22,8 @@ class UnitwiseConfig(RowsConfig):
     initial: str | MethodConfig | None = option(None, "where it starts: base, or a parameter-space method")
     rest: str | MethodConfig | None = option(None, "what lies outside the blocks: base, or a parameter-space method")
     unit: tuple[str, ...] | None = option(
-        None, "block, or the submodules of a block to merge one by one, such as mlp; by kind of model"
+        None,
+        "block, or the submodules of a block to merge one by one, such as mlp; none: those of given anchors, or block",
     )
 
     @property

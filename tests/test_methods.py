@@ -718,7 +718,7 @@ FAR = {"epochs": 60, "adaptation_learning_rate": 3e-2}
         ("decoder", 128, {"initial": "base"}, {**DECODER, **FAR}),
         ("decoder", 128, {"initial": "tsv"}, {**DECODER, **FAR}),
         ("decoder", 768, {"initial": "tsv"}, {**DECODER, **FAR, "num_anchors": 384, "epochs": 10}),
-        ("decoder", 5120, {"initial": "tsv"}, {**DECODER, **FAR, "num_anchors": 1600, "epochs": 3}),
+        ("decoder", 5120, {"initial": "tsv"}, {**DECODER, **FAR, "num_anchors": 1024, "epochs": 4}),
         ("decoder", 5120, {"initial": "tsv", "num_anchors": 128}, {**DECODER, **FAR, "num_anchors": 128, "epochs": 30}),
         ("decoder", 5120, {"parametrization": "parameters"}, {"epochs": 25, "adaptation_learning_rate": 5e-5}),
     ],

@@ -41,8 +41,8 @@ COEFFICIENT_EPOCHS, FAR_EPOCHS = 20, 60
 FACTOR_EPOCHS = 40
 """The same on thin factors, which a start of full rank has been cut to."""
 
-FEW_ANCHORS, MANY_ANCHORS = 64, 1600
-"""Anchors of a unit; and of wide decoders at most, with about as many tokens as their published 8,192."""
+FEW_ANCHORS, MANY_ANCHORS = 64, 1024
+"""Anchors of a unit; and of wide decoders at most, so that a block of 70 billion parameters fits a GPU of 80 GB."""
 
 STEPS: dict[Optimizer, int] = {"muon": 25, "adamw": 1200}
 """Construction steps, at most."""
@@ -77,7 +77,7 @@ class FDAConfig(UnitwiseConfig):
     )
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
     num_anchors: int | None = option(
-        None, "anchors per block and source; none: 64, in decoders half the width from 128 to 3,200", minimum=1
+        None, "anchors per block and source; none: 64, in decoders half the width from 128 to 2,048", minimum=1
     )
     num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
     steps: int | None = option(None, "construction steps; none: 25 of muon, of adamw 1200 as published", minimum=0)

@@ -215,15 +215,19 @@ def test_rest_linear_averages_the_embeddings(classifiers: tuple[Path, dict[str, 
             assert kept == torch.equal(merged[name], held[name])
 
 
-def test_rest_of_a_language_model_is_all_that_lies_outside_the_blocks(library: Library, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["mlp", "block"])
+def test_rest_of_a_language_model_is_all_that_lies_outside_the_blocks(
+    unit: str, library: Library, tmp_path: Path
+) -> None:
     base, sources = library("llama")
     rest = {"method": "task_arithmetic", "scaling": 0.3}
-    merged = weights(merge(base, sources, "fda", tmp_path / "merged", rest=rest).folder)
+    merged = weights(merge(base, sources, "fda", tmp_path / "merged", rest=rest, unit=unit).folder)
     plain = weights(merge(base, sources, "task_arithmetic", tmp_path / "plain", scaling=0.3).folder)
     held = weights(base)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert torch.equal(merged[name], plain[name])
-    assert torch.equal(merged["model.layers.0.self_attn.q_proj.weight"], held["model.layers.0.self_attn.q_proj.weight"])
+    query = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(merged[query], held[query]) == (unit == "mlp")
     assert not torch.equal(merged["model.layers.0.mlp.up_proj.weight"], held["model.layers.0.mlp.up_proj.weight"])
 
 

@@ -111,9 +111,10 @@ def factor_entries(shape: tuple[int, ...], rank: int) -> int:
 
 def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
     """Base, source and task vector in float32; gradients and their graph, in which each linear output has beside it
-    those of norms, attention and activations; the float64 look at a few anchors."""
+    those of norms, of attention (keys and values once for each head) and of activations; the float64 look at a few
+    anchors."""
     entries = _entries(inputs, unit.tensors)
-    return entries * 4 * 13 + _activations(inputs, config, unit) * 4 * 14
+    return entries * 4 * 13 + _activations(inputs, config, unit) * 4 * 16
 
 
 def adaptation_bytes(

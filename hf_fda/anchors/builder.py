@@ -114,8 +114,11 @@ def load_unit(layout: ModelLayout, read: Callable[[str], Tensor], unit: Unit, de
         unit: which.
         device: where.
     """
-    held = {name: read(name).to(device) for name in layout.names if name.startswith(f"{unit.name}.")}
-    tensors = {name: value.float() if value.is_floating_point() else value for name, value in held.items()}
+    tensors = {}
+    for name in layout.names:
+        if name.startswith(f"{unit.name}."):
+            value = read(name).to(device)
+            tensors[name] = value.float() if value.is_floating_point() else value
     return make_unit(layout, unit, tensors, device)
 
 

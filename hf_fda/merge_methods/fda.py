@@ -77,7 +77,7 @@ class FDAConfig(UnitwiseConfig):
     )
     initialization: Literal["weights", "gaussian"] = option("weights", "what anchors start from")
     num_anchors: int | None = option(
-        None, "anchors per block and source; none: 64, in decoders half the width from 128 to 2,048", minimum=1
+        None, "anchors per block and source; none: 64, in decoders half the width, from 64 to 1,024", minimum=1
     )
     num_tokens: int | None = option(None, "tokens per anchor; by kind of model", minimum=1)
     steps: int | None = option(None, "construction steps; none: 25 of muon, of adamw 1200 as published", minimum=0)

@@ -48,6 +48,19 @@ def test_a_product_is_near_and_in_float32() -> None:
     assert 0 < apart(own, a @ b) < NEAR
 
 
+@pytest.mark.parametrize("sizes", [(32, 64, 96), (33, 40, 5), (1, 31, 32), (64, 1, 7)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_of_all_sizes_are_filled_up_to_few(sizes: tuple[int, int, int], transposed: bool) -> None:
+    rows, inner, columns = sizes
+    a = draw(inner, rows).T if transposed else draw(rows, inner)
+    b = draw(columns, inner, seed=1).T if transposed else draw(inner, columns, seed=1)
+    filled = products._narrow(a)
+    assert all(size % products.ROUND == 0 for size in filled.shape)
+    assert torch.equal(filled[:rows, :inner], a.bfloat16()) and float(filled.float().norm()) > 0
+    assert not filled[rows:].any() and not filled[:, inner:].any()
+    assert product(a, b).shape == (rows, columns) and apart(product(a, b), a @ b) < NEAR
+
+
 @pytest.mark.parametrize("precision", ["high", "highest"])
 def test_other_precisions_are_left_alone(precision: str) -> None:
     a, b = draw(6, 40), draw(40, 5, seed=1)

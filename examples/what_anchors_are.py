@@ -204,7 +204,8 @@ def merge(setting: Setting, folder: Path, anchors: Mapping[str, Path], seed: int
     sources = {name: str(task.folder) for name, task in setting.tasks.items()}
     given = {name: str(path) for name, path in anchors.items()}
     made = {**MERGED, "adaptation_schedule": "constant", **options}
-    hf_fda.merge(str(setting.base), sources, "fda", folder, anchors=given, seed=seed, device="cpu", quiet=True, **made)
+    shared = {"anchors": given, "data": "anchors", "seed": seed, "device": "cpu", "quiet": True}
+    hf_fda.merge(str(setting.base), sources, "fda", folder, **shared, **made)
     return folder
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_fda.data.request import ANCHORS, SYNTHETIC, said_on_command_line
+from hf_fda.data.request import WORDS, said_on_command_line
 from hf_fda.errors import InputError, nearest
 
 ROWS = re.compile(r"(?P<path>.+?)(?::(?P<split>[\w.-]+(?:\[[^\]]*\])?))?")
@@ -106,7 +106,7 @@ def read_options(options: Any) -> dict[str, Any]:
 
 def _data(arguments: argparse.Namespace) -> dict[str, dict[str, Any]] | str | None:
     """The rows of data that a command line names, or the word for what takes their place."""
-    if arguments.data in ([ANCHORS], [SYNTHETIC]):
+    if arguments.data and len(arguments.data) == 1 and arguments.data[0] in WORDS:
         return str(arguments.data[0])
     words = arguments.data or (), arguments.columns or (), arguments.split or ()
     return said_on_command_line(*words) if any(words) else None

@@ -59,7 +59,7 @@ def plan_config(
     processes: int | None = None,
     **settings: Any,
 ) -> tuple[Plan, ...]:
-    """Check what a configuration describes; no weight is read, nothing is written. Arguments as `merge_config`.
+    """Check what a configuration describes; as `hf_fda.plan`, with nothing written. Arguments as `merge_config`.
 
     Args:
         config: a YAML file, or its content as a mapping.

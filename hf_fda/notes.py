@@ -8,12 +8,12 @@ from hf_fda.adapters import AdapterCheckpoint, adapter_of
 from hf_fda.adapters.targets import AdapterPlan
 from hf_fda.cards import shown
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.data.opening import OpenedData
 from hf_fda.errors import few
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.regmean import RegMeanConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
+from hf_fda.plan_data import PlanData
 from hf_fda.progress import logger
 from hf_fda.recipes import Output
 from hf_fda.states.footprint import StatesFootprint
@@ -25,8 +25,8 @@ def notes_of(
     config: MethodConfig,
     result: Output,
     adapter: AdapterPlan | None,
-    ranks: Mapping[str, int] | None = None,
-    rows: Mapping[str, OpenedData] | None = None,
+    ranks: Mapping[str, int],
+    data: PlanData,
 ) -> list[str]:
     """What a plan, a card and a log say beside the facts.
 
@@ -36,7 +36,7 @@ def notes_of(
         result: how every tensor of the merged model is made.
         adapter: the adapter that is written, if one is.
         ranks: of the factors that adaptation steps on.
-        rows: of data, by task.
+        data: what it looks at beside weights.
     """
     notes = [*inputs.vocabulary.notes, *_adapter_notes(inputs, adapter), *_tied(adapter)]
     if not inputs.base.layout.known:
@@ -59,9 +59,12 @@ def notes_of(
     if result.layout is not inputs.base.layout:
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
     if isinstance(config, FDAConfig) and config.parametrization == "factors":
-        notes.append(_stepped_on(ranks or {}))
-    if isinstance(config, UnitwiseConfig) and rows:
-        notes.append(_shown(config, StatesFootprint.of(inputs, config, rows), all(own.drawn for own in rows.values())))
+        notes.append(_stepped_on(ranks))
+    if data.note is not None:
+        notes.append(data.note)
+    if isinstance(config, UnitwiseConfig) and data.rows:
+        states, synthetic = StatesFootprint.of(inputs, config, data.rows), all(own.drawn for own in data.rows.values())
+        notes.append(_shown(config, states, synthetic))
     if isinstance(config, RegMeanConfig):
         notes.append(_solved(inputs, config, result))
     if isinstance(config, UnitwiseConfig) and config.rest == "base":

@@ -1,4 +1,4 @@
-"""Checking a merge from configurations and file headers, before any weight is read."""
+"""Checking a merge from configurations and file headers, before it begins."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from hf_fda.adapters.targets import adapted_ranks, plan_adapter
 from hf_fda.anchors.container import hidden_size
 from hf_fda.blocks import Unit, family_of, find_units, require_blocks
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES, Shard, TensorSpec, plan_shards
-from hf_fda.data.opening import OpenedData, most_rows, open_data
-from hf_fda.data.request import ANCHORS, Reading
+from hf_fda.data.opening import OpenedData, most_rows
 from hf_fda.errors import InputError
 from hf_fda.given_anchors import agree_with_anchors, check_base, check_given, with_rests
 from hf_fda.inputs import Inputs, open_inputs, with_ties_apart
@@ -25,6 +24,7 @@ from hf_fda.merge_methods.looking import RowsConfig
 from hf_fda.merge_methods.regmean import RegMeanPlusConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
 from hf_fda.notes import notes_of
+from hf_fda.plan_data import PlanData, open_plan_data
 from hf_fda.plans import Plan
 from hf_fda.prediction import predict
 from hf_fda.provenance import Described, record
@@ -66,7 +66,8 @@ def plan(
     processes: int | None = None,
     **options: Any,
 ) -> Plan:
-    """Check a merge from configurations and file headers alone; no weight is read, nothing is written.
+    """Check a merge from configurations and file headers alone; nothing is written, and no weight is read but, where
+    rows are drawn from them, token embeddings.
 
     Args:
         base: the checkpoint all sources were fine-tuned from: a Hub id ("org/name", "org/name@revision"), a folder,
@@ -81,7 +82,9 @@ def plan(
             Hub dataset ("org/name", "org/name:config@revision"), or a mapping with `path` and any of `name`, `split`,
             `revision`, `columns`, `prompt`, `target`, `rows` and `max_length`. Without any: "synthetic"
             (also for one task), rows drawn from what the token embeddings of a fine-tune of text show of the text that
-            it was tuned on, at most 128 a task unless the task's `rows` say more; "anchors", for `divmerge`.
+            it was tuned on, at most 128 a task unless the task's `rows` say more; "anchors", for `divmerge` and `fda`.
+            None: no rows; `fda` takes "synthetic" where all sources are full fine-tunes of a text encoder whose
+            embeddings show something, else "anchors".
         device: "auto" (Accelerate's choice) or a torch device.
         dtype: type of the written weights: "float32", "bfloat16", "float16", "float64", or "auto" for the base's.
             The computation is in float32 where that is precise enough for one source of weight 1 to come out as it
@@ -119,8 +122,7 @@ def plan(
     inputs = open_inputs(
         base, sources, anchors, trust_remote_code, tokenizer, tokens, chat_template, pad_to_multiple_of
     )
-    rows = ANCHORS if data == ANCHORS else open_rows(data, inputs, given, settings.seed, trust_remote_code)
-    checked = make_plan(inputs, given, settings, rows=rows)
+    checked = make_plan(inputs, given, settings, open_plan_data(data, inputs, given, settings, trust_remote_code))
     return checked if processes is None else replace(checked, time=predict(checked, processes))
 
 
@@ -128,8 +130,8 @@ def make_plan(
     inputs: Inputs,
     given: MethodConfig,
     settings: Settings,
+    data: PlanData,
     described: Described | None = None,
-    rows: Mapping[str, OpenedData] | str | None = None,
 ) -> Plan:
     """Check a merge of what is open.
 
@@ -137,21 +139,20 @@ def make_plan(
         inputs: base and sources.
         given: the merge method.
         settings: where and how it is written.
+        data: what it looks at beside weights.
         described: what the configuration says that the merge was read from.
-        rows: of data, for every task that the method looks at; `ANCHORS` where it looks at anchors in their place.
 
     Raises:
         InputError: naming the argument, source or tensor that cannot be used, and the way out.
     """
-    found = {} if rows is None or isinstance(rows, str) else rows
     check_apart(settings.output, inputs)
-    check_rows(given, found)
+    check_rows(given, data.rows)
     check_vocabulary(settings, inputs)
     if settings.budget is not None:
         inputs = with_ties_apart(inputs)
-    config = _complete(given, inputs, settings.budget is not None, found)
+    config = _complete(given, inputs, settings.budget is not None, data.rows)
     check_trim(config, settings, described)
-    anchoring = _anchoring(config, inputs, isinstance(rows, str))
+    anchoring = _anchoring(config, inputs, data.anchors)
     units = _units(anchoring or config, inputs)
     check_base(inputs, settings.force)
     if isinstance(config, FDAConfig) and config.rest != "base":
@@ -173,7 +174,7 @@ def make_plan(
     factored = isinstance(config, FDAConfig) and config.parametrization == "factors"
     ranks = adapted_ranks(inputs, units, adapter) if factored else {}
     if factored and not ranks and isinstance(given, FDAConfig) and given.parametrization is None:
-        config = _complete(replace(given, parametrization="coefficients"), inputs, True, found)
+        config = _complete(replace(given, parametrization="coefficients"), inputs, True, data.rows)
         anchoring = _anchoring(config, inputs, wanted=False)
     return Plan(
         inputs=inputs,
@@ -186,35 +187,13 @@ def make_plan(
         device=settings.device,
         seed=settings.seed,
         heads=settings.heads,
-        arguments=record(inputs, config, settings, described, rows),
-        notes=tuple(notes_of(inputs, config, result, adapter, ranks, found)),
+        arguments=record(inputs, config, settings, data, described),
+        notes=tuple(notes_of(inputs, config, result, adapter, ranks, data)),
         adapter=adapter,
         ranks=ranks,
-        data=found,
+        data=data.rows,
         anchoring=anchoring,
     )
-
-
-def open_rows(
-    data: Any, inputs: Inputs, config: MethodConfig, seed: int, trust_remote_code: bool = False
-) -> dict[str, OpenedData]:
-    """The rows of data that a method looks at, checked, by task.
-
-    Args:
-        data: as a user gives it, by task; None where there is none.
-        inputs: base and sources.
-        config: of a method that looks at data.
-        seed: of the choice of rows.
-        trust_remote_code: run code that comes with a tokenizer.
-
-    Raises:
-        InputError: naming the task whose data cannot be used, and the way out.
-    """
-    if data is None:
-        return {}
-    assert isinstance(config, RowsConfig)
-    reading = Reading(config.rows, config.max_length, seed, trust_remote_code)
-    return open_data(data, inputs, reading, of_all=config.data == "must")
 
 
 def _complete(config: MethodConfig, inputs: Inputs, as_adapter: bool, data: Mapping[str, OpenedData]) -> MethodConfig:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs, Source
 from hf_fda.merge_methods import MethodConfig
+from hf_fda.plan_data import PlanData
 from hf_fda.settings import Settings
 
 
@@ -29,8 +29,8 @@ def record(
     inputs: Inputs,
     config: MethodConfig,
     settings: Settings,
+    data: PlanData,
     described: Described | None = None,
-    rows: Mapping[str, OpenedData] | str | None = None,
 ) -> dict[str, Any]:
     """The merge as plain values: the content of `merge_config.yaml`.
 
@@ -38,8 +38,8 @@ def record(
         inputs: base and sources.
         config: the merge method, complete.
         settings: where and how it is written.
+        data: what it looks at beside weights.
         described: what the configuration says that it was read from.
-        rows: of data, by task; or the word for anchors in their place.
     """
     budget = settings.budget
     record: dict[str, Any] = {
@@ -62,10 +62,7 @@ def record(
     given = {source.name: anchors_id(source) for source in inputs.sources if source.weights and source.anchors}
     if given:
         record["anchors"] = given
-    if isinstance(rows, str):
-        record["data"] = rows
-    elif rows:
-        record["data"] = {task: dict(opened.record) for task, opened in rows.items()}
+    record |= data.recorded
     if settings.force:
         record["force"] = True
     record |= inputs.asked

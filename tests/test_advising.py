@@ -203,7 +203,7 @@ def facts(
 
 def shown(own: Facts) -> str:
     rule = rule_for(own)
-    recommended = hf_fda.advising.advice.Recommendation("tsv", {}, False, 1, ("why",), (), Cost(1.0, 1, 1))
+    recommended = hf_fda.advising.advice.Recommendation("tsv", {}, None, 1, ("why",), (), Cost(1.0, 1, 1))
     return str(Advice(own, rule.name, (recommended,), tuple(uncovered(own, rule.table))))
 
 
@@ -351,15 +351,15 @@ def test_advice_states_the_cost_of_the_plan_and_merges_with_its_arguments(classi
 def test_what_cannot_be_done_is_left_out_and_said(classifiers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_fda.planning import make_plan
 
-    def picky(inputs: Any, config: Any, settings: Any, **given: Any) -> Any:
+    def picky(inputs: Any, config: Any, settings: Any, data: Any) -> Any:
         if config.name != "fda":
             raise InputError(f"no {config.name} of these")
-        return make_plan(inputs, config, settings, **given)
+        return make_plan(inputs, config, settings, data)
 
     base, sources = classifiers
     monkeypatch.setattr("hf_fda.advising.candidates.make_plan", picky)
     advice = hf_fda.advise(base, sources, **QUIET)
-    assert [one.label for one in advice.recommendations] == ["fda"]
+    assert [one.label for one in advice.recommendations] == ["fda on anchors alone"]
     assert advice.notes[1:] == ("not possible here: no isotropic of these", "not possible here: no tsv of these")
     assert "has tokenizer files" in advice.notes[0]  # for synthetic rows
     with pytest.raises(InputError, match="no ties of these"):
@@ -439,7 +439,7 @@ def test_a_method_of_ones_own_may_be_a_config(family: Family) -> None:
     assert advice.recommendations[-1].reasons == ("your own",)
     same = hf_fda.advise(family.base, family.sources, "tsv", **QUIET)
     assert [one.label for one in same.recommendations] == [
-        *("fda with synthetic data", "isotropic scaling=3.0", "fda", "tsv")
+        *("fda with synthetic data", "isotropic scaling=3.0", "fda on anchors alone", "tsv")
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+import yaml
 from conftest import IMAGE, TEXT, fine_tune
 from vocabularies import bpe, llama, save, wordpiece
 
@@ -197,3 +198,60 @@ def test_another_word_is_refused_with_those_that_are_known(tmp_path: Path) -> No
         hf_fda.plan(places["base"], sources, "distill", tmp_path / "merged", data="syntetic")
     with pytest.raises(InputError, match="merges from weights alone"):
         hf_fda.plan(places["base"], sources, "tsv", tmp_path / "merged", data="synthetic")
+
+
+class TestByItself:
+    """What `fda` looks at where no data is given."""
+
+    def plan(self, places: dict[str, str], folder: Path, **arguments: Any) -> hf_fda.Plan:
+        sources = {task: places[task] for task in places if task != "base"}
+        return hf_fda.plan(places["base"], sources, output=folder / "merged", **arguments)
+
+    def test_text_encoders_are_merged_on_rows_drawn_from_them(self, tmp_path: Path) -> None:
+        places = family(tmp_path)
+        by_itself, asked = (self.plan(places, tmp_path, data=data, rows=8) for data in (None, "synthetic"))
+        assert list(by_itself.data) == list(TASKS) and by_itself.arguments == asked.arguments
+        sources = {task: places[task] for task in TASKS}
+        merged = hf_fda.merge(places["base"], sources, output=tmp_path / "merged", rows=8, quiet=True)
+        again = hf_fda.merge_config(merged.folder / "merge_config.yaml", output=tmp_path / "again", quiet=True)
+        first, second = (read(own.folder) for own in (merged, again))
+        assert first == second
+
+    def test_anchors_alone_are_taken_where_they_are_asked_for(self, tmp_path: Path) -> None:
+        places, output = family(tmp_path), tmp_path / "merged"
+        sources = [word for task in TASKS for word in ("--source", f"{task}={places[task]}")]
+        words = ["--data", "anchors", "--output", str(output), "--quiet"]
+        assert main(["merge", "--base", places["base"], *sources, *words]) == 0
+        assert yaml.safe_load((output / "merge_config.yaml").read_text(encoding="utf-8"))["data"] == "anchors"
+        assert "synthetic" not in (output / "README.md").read_text(encoding="utf-8")
+        again = hf_fda.merge_config(output / "merge_config.yaml", output=tmp_path / "again", quiet=True)
+        assert read(output) == read(again.folder)
+
+    def test_where_embeddings_show_nothing_anchors_are_taken_and_it_says_why(self, tmp_path: Path) -> None:
+        places = family(tmp_path)
+        for name in places:
+            for path in Path(places[name]).glob("*token*"):
+                path.unlink()
+        plan = self.plan(places, tmp_path)
+        assert not plan.data and any("anchors alone" in note and "has tokenizer files" in note for note in plan.notes)
+        assert not any("anchors alone" in note for note in self.plan(places, tmp_path, data="anchors").notes)
+
+    def test_other_methods_get_no_rows(self, tmp_path: Path) -> None:
+        assert not self.plan(family(tmp_path), tmp_path, method="tsv").data
+
+    def test_an_adapter_is_merged_on_anchors_alone(self, tmp_path: Path) -> None:
+        plan = self.plan(family(tmp_path), tmp_path, as_adapter=True, rank=4)
+        assert not plan.data and not any("anchors alone" in note for note in plan.notes)
+
+    @pytest.mark.parametrize("kind", ["vit", "llama", "t5"])
+    def test_models_that_are_no_text_encoders_are_merged_on_anchors_alone(
+        self, kind: str, library: Any, tmp_path: Path
+    ) -> None:
+        base, sources = library(kind)
+        plan = hf_fda.plan(base, sources, output=tmp_path / "merged")
+        assert not plan.data and not any("anchors alone" in note for note in plan.notes)
+
+
+def read(folder: Path) -> bytes:
+    """A merged model's weights, byte for byte."""
+    return (folder / "model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""What each choice in the merge by functional dual anchors is worth, on real encoders and training rows.
+"""What each choice in the merge by functional dual anchors alone is worth, on real encoders and training rows.
 
     python examples/benchmarks/ablation.py --checkpoints DIR --tasks DIR [--seeds 0 1 2] [--only NAME ...]
 
@@ -112,7 +112,14 @@ def merged(work: Path, rows: Rows, options: dict[str, Any], seed: int) -> tuple[
     given = {name: str(anchors / name) for name in sources}
     start = time.perf_counter()
     hf_fda.merge(
-        str(rows.checkpoints / "base"), sources, output=output, anchors=given, seed=seed, quiet=True, **options
+        str(rows.checkpoints / "base"),
+        sources,
+        output=output,
+        data="anchors",
+        anchors=given,
+        seed=seed,
+        quiet=True,
+        **options,
     )
     return output, (construction, time.perf_counter() - start)
 

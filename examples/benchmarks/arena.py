@@ -47,11 +47,10 @@ def table_rows(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for scaling in (1.0, 1.5, 2.0, 3.0):
         rows[f"isotropic {scaling}"] = {"method": "isotropic", "scaling": scaling}
     for start, options in STARTS.items():
-        rows[f"fda from {start}"] = {"method": "fda", **options, **settings}
-    synthetic = {"data": "synthetic"}
+        rows[f"fda on anchors alone, from {start}"] = {"method": "fda", "data": "anchors", **options, **settings}
     for start, options in STARTS.items():
-        rows[f"synthetic, fda from {start}"] = {"method": "fda", "with_data": "propagated", **synthetic, **options}
-    rows["synthetic, distill from isotropic 3.0"] = {"method": "distill", **synthetic}
+        rows[f"fda from {start}"] = {"method": "fda", "data": "synthetic", **options, **settings}
+    rows["distill on synthetic rows"] = {"method": "distill", "data": "synthetic"}
     return rows
 
 
@@ -143,9 +142,8 @@ def run_row(
     shared = options.work / slug("anchors", seed)
     figures = shared / "seconds.json"
     if not figures.is_file():
-        only = {**arguments, "initial": "base", "epochs": 0, "seed": seed}
-        for name in ("scaling", "data", "with_data"):
-            only.pop(name, None)
+        only = {**arguments, "initial": "base", "epochs": 0, "data": "anchors", "seed": seed}
+        only.pop("scaling", None)
         seconds, peak = in_process(merge_row, options.checkpoints, names, shared, only)
         figures.write_text(json.dumps([seconds, peak]))
     construction, construction_peak = json.loads(figures.read_text())

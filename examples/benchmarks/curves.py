@@ -3,9 +3,9 @@
     python examples/benchmarks/curves.py --checkpoints DIR --tasks DIR [--seeds 0 1 2] [--output curves.svg]
 
 Folders as in `arena.py`; accuracy on test rows. Sources: for each number from two up, the first so many fine-tunes in
-each of three cyclic orders (with another seed each). Seconds: FDA with fewer and more steps of construction and passes
-of adaptation, beside methods in parameter space; in one process, with the first seed. In the work folder of `arena.py`
-its anchors are used.
+each of three cyclic orders (with another seed each). Seconds: FDA on anchors alone with fewer and more steps of
+construction and passes of adaptation, beside its defaults and methods in parameter space; in one process, with the
+first seed. In the work folder of `arena.py` its anchors are used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from scoring import Rows, average, spread
 
 import hf_fda
 
+ON_ANCHORS = "fda on anchors alone"
+"""The method that is tried with several budgets."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic 0.4": {"method": "task_arithmetic", "scaling": 0.4},
     "tsv 1.0": {"method": "tsv"},
     "tsv 1.2": {"method": "tsv", "scaling": 1.2},
     "isotropic 3.0": {"method": "isotropic", "scaling": 3.0},
-    "fda": {"method": "fda"},
-    "fda, synthetic rows": {"method": "fda", "data": "synthetic"},
+    ON_ANCHORS: {"method": "fda", "data": "anchors"},
+    "fda": {"method": "fda", "data": "synthetic"},
 }
 BUDGETS: dict[str, dict[str, Any]] = {
     "10 steps, 5 passes": {"steps": 10, "epochs": 5},
@@ -86,11 +89,10 @@ def by_sources(merges: Merges, seeds: Sequence[int]) -> dict[str, dict[int, list
 def by_seconds(merges: Merges, seed: int) -> dict[str, list[tuple[float, float]]]:
     """CPU-seconds and accuracies by method or budget."""
     names = merges.rows.names
-    plain = {label: arguments for label, arguments in METHODS.items() if arguments["method"] != "fda"}
-    budgets = {f"fda, {label}": {"method": "fda", **budget} for label, budget in BUDGETS.items()}
-    plain["fda, synthetic rows"] = METHODS["fda, synthetic rows"]
+    whole = {label: arguments for label, arguments in METHODS.items() if label != ON_ANCHORS}
+    budgets = {f"{ON_ANCHORS}, {label}": {**METHODS[ON_ANCHORS], **budget} for label, budget in BUDGETS.items()}
     found: dict[str, list[tuple[float, float]]] = {}
-    for label, arguments in {**plain, **budgets}.items():
+    for label, arguments in {**whole, **budgets}.items():
         accuracy, seconds = merges.score(names, seed, arguments)
         found.setdefault(label, []).append((seconds, accuracy))
     return found
@@ -110,12 +112,12 @@ def draw(
     for label, points in sources.items():
         counts = list(points)
         means = [statistics.mean(points[count]) for count in counts]
-        left.plot(counts, means, "o-" if label == "fda" else "o--", label=label)
+        left.plot(counts, means, "o-" if label.startswith("fda") else "o--", label=label)
     left.set(xlabel="sources merged", ylabel="average test accuracy", xticks=list(next(iter(sources.values()))))
     figure.legend(loc="outside lower center", ncols=len(sources))
     budgets = [found for label, found in seconds.items() if label.endswith("passes")]
     line = [tuple(statistics.mean(column) for column in zip(*found, strict=True)) for found in budgets]
-    right.plot(*zip(*line, strict=True), "o-", color=f"C{list(sources).index('fda')}")
+    right.plot(*zip(*line, strict=True), "o-", color=f"C{list(sources).index(ON_ANCHORS)}")
     for number, label in enumerate(sources):
         if label in seconds:
             right.plot(*seconds[label][0], "o", color=f"C{number}")

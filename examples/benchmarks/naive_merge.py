@@ -198,7 +198,7 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # a bare model leaves the heads of the fine-tunes out
     rows = Rows(options.checkpoints, options.tasks, "test", options.limit, options.sources)
-    merges: dict[str, dict[str, Any]] = {"defaults": {}}
+    merges: dict[str, dict[str, Any]] = {"on anchors alone": {"data": "anchors"}, "defaults": {}}
     if options.set:
         merges[", ".join(options.set)] = dict(item.split("=", 1) for item in options.set)
     own: dict[str, float] = {}

@@ -12,7 +12,7 @@ from hf_fda.advising.costing import Cost
 from hf_fda.advising.evidence import Cell, grouped
 from hf_fda.advising.facts import KINDS, Facts, SourceFacts
 from hf_fda.advising.rules import Shown, labelled
-from hf_fda.data.request import SYNTHETIC
+from hf_fda.data.request import WORDS
 from hf_fda.plans import readable_size
 from hf_fda.prediction import readable_time
 from hf_fda.printing import html_table, text_table
@@ -62,14 +62,14 @@ class Recommendation:
     def flags(self) -> str:
         """The method as `hf-fda merge` takes it, but for rows that were given."""
         options = [f"--{name.replace('_', '-')} {_said(value)}" for name, value in self.options.items()]
-        synthetic = [f"--data {SYNTHETIC}"] if self.data == SYNTHETIC else []
-        return " ".join([f"--method {self.method}", *options, *synthetic])
+        shown = [f"--data {self.data}"] if self.data in WORDS else []
+        return " ".join([f"--method {self.method}", *options, *shown])
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The method as `hf_fda.merge` takes it, by keyword, but for rows that were given."""
-        synthetic = {"data": SYNTHETIC} if self.data == SYNTHETIC else {}
-        return {"method": self.method, **self.options, **synthetic}
+        shown = {"data": self.data} if self.data in WORDS else {}
+        return {"method": self.method, **self.options, **shown}
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,12 +17,12 @@ from hf_fda.advising.facts import gather
 from hf_fda.advising.rules import Proposal, Shown, rule_for
 from hf_fda.advising.trying import check_held, try_out
 from hf_fda.checkpoint.writer import MAX_SHARD_BYTES
-from hf_fda.data.request import ANCHORS, SYNTHETIC, Reading, check_number
+from hf_fda.data.request import WORDS, Reading, check_number
 from hf_fda.errors import InputError
 from hf_fda.inputs import open_inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig, resolve_method
 from hf_fda.merge_methods.config import plain
-from hf_fda.planning import open_rows
+from hf_fda.plan_data import open_rows
 from hf_fda.refusals import check_wants_data
 from hf_fda.settings import Settings
 
@@ -149,7 +149,7 @@ def _check(
         raise InputError(f"options ({', '.join(options)}) are of a method of yours; name it, or leave them out")
     if try_data is None and (metrics is not None or try_rows is not None):
         raise InputError("metrics and try_rows are of held-out rows; give these (try_data, --try), or leave them out")
-    if isinstance(data, str) and data not in (ANCHORS, SYNTHETIC):
+    if isinstance(data, str) and data not in WORDS:
         check_wants_data(FDAConfig(), data)
 
 
@@ -164,7 +164,7 @@ def _own(method: str | MethodConfig, options: Mapping[str, Any], data: Any) -> P
     config = resolve_method(method, options)
     looks = data is not None and config.data != "never"
     check_wants_data(config, data if looks else None)
-    shown: Shown | None = None if not looks else "synthetic" if data == SYNTHETIC else "given"
+    shown: Shown | None = None if not looks else data if data in WORDS else "given"
     fields = config.option_fields()
     stated = {name: plain(value) for name, value in options.items()}
     if isinstance(method, MethodConfig):

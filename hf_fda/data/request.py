@@ -16,6 +16,9 @@ ANCHORS = "anchors"
 SYNTHETIC = "synthetic"
 """What a user says for data where rows are to be drawn from the sources' weights."""
 
+WORDS = (ANCHORS, SYNTHETIC)
+"""What may stand for the data of all tasks."""
+
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<name>[^@\s]+))?(?:@(?P<revision>\S+))?")
 """A dataset on the Hub: "org/name", "org/name:config", "org/name@revision", "org/name:config@revision"."""
 

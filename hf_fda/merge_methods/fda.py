@@ -63,6 +63,7 @@ class FDAConfig(UnitwiseConfig):
     paper: ClassVar[str] = "Functional dual anchors, arXiv 2510.21223"
     scope: ClassVar[Scope] = "tensor"
     data: ClassVar[LooksAt] = "may"
+    takes_anchors: ClassVar[bool] = True
 
     initial: str | MethodConfig | None = option(
         None,

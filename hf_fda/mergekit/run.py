@@ -13,8 +13,6 @@ from typing import Any
 
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.reader import open_checkpoint
-from hf_fda.data.opening import OpenedData
-from hf_fda.data.request import ANCHORS
 from hf_fda.engine import run
 from hf_fda.errors import InputError, nearest
 from hf_fda.inputs import open_inputs
@@ -26,7 +24,8 @@ from hf_fda.mergekit.schema import Document, read_document
 from hf_fda.mergekit.views import Nothing, Planned
 from hf_fda.mergekit.vocabulary import vocabulary_of
 from hf_fda.mergekit.yamlnodes import read_documents
-from hf_fda.planning import make_plan, open_rows
+from hf_fda.plan_data import PlanData, open_plan_data
+from hf_fda.planning import make_plan
 from hf_fda.plans import Plan
 from hf_fda.prediction import predict
 from hf_fda.processes import together
@@ -115,7 +114,7 @@ def _visit(document: Document, named: Mapping[str, Document], ordered: list[Docu
 def plan_documents(
     text: str, file: str, output: str | os.PathLike[str], *, processes: int | None = None, **settings: Any
 ) -> tuple[Plan, ...]:
-    """Check every merge of a configuration; no weight is read, nothing is written.
+    """Check every merge of a configuration; as `hf_fda.plan`, with nothing written.
 
     Args:
         text: of the configuration.
@@ -203,14 +202,14 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     check_wants_data(parameters.general, data)
     if varying and parameters.general.data != "never":
         raise InputError(f"method '{parameters.general.name}': {varying[0]} must be the same for all tensors")
-    rows = ANCHORS if data == ANCHORS else open_rows(data, inputs, parameters.general, checked.seed, trust)
-    described = Described(_record(document, models.pinned(), checked, rows), at, varying)
-    return make_plan(inputs, parameters.general, checked, described, rows)
+    # Results of earlier documents cannot be read when this one is planned, so nothing is drawn from them unasked.
+    unread = data is None and any(reference.model in results for reference in document.references)
+    found = PlanData() if unread else open_plan_data(data, inputs, parameters.general, checked, trust)
+    described = Described(_record(document, models.pinned(), checked, found), at, varying)
+    return make_plan(inputs, parameters.general, checked, found, described)
 
 
-def _record(
-    document: Document, pinned: Mapping[str, str], settings: Settings, rows: Mapping[str, OpenedData] | str
-) -> dict[str, Any]:
+def _record(document: Document, pinned: Mapping[str, str], settings: Settings, data: PlanData) -> dict[str, Any]:
     """The document as plain values, with what it leaves open: commits, the type, and our own settings."""
 
     def fixed(value: Any) -> Any:
@@ -224,9 +223,6 @@ def _record(
     own: dict[str, Any] = {"seed": settings.seed, "heads": settings.heads, "max_shard_bytes": settings.max_shard_bytes}
     if budget is not None:
         own |= {"as_adapter": True, "rank": budget.rank, "energy": budget.energy}
-    if isinstance(rows, str):
-        own["data"] = rows
-    elif rows:
-        own["data"] = {task: dict(opened.record) for task, opened in rows.items()}
+    own |= data.recorded
     written = {} if settings.dtype == "auto" else {"out_dtype": settings.dtype}
     return {**fixed(document.plain), **written, "hf_fda": own}

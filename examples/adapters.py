@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ class Combined:
         model: Any = None
         self.heads: dict[str, dict[str, Tensor]] = {}
         for task, folder in adapters.items():
-            config, state = PeftConfig.from_pretrained(folder), load_file(folder / "adapter_model.safetensors")
+            config, state = PeftConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
             config.modules_to_save = config.task_type = None
             if model is None:
                 model = PeftModel(AutoModelForSequenceClassification.from_pretrained(base), config, task)
@@ -269,7 +270,13 @@ def show_merges(table: Table, base: Path, adapters: dict[str, Path], work: Path,
         seconds, report = time.perf_counter() - start, merged.report
         assert report is not None
         cells = report.ranks, f"{report.error:.2g}", f"{seconds:.1f}"
-        table.add(label, lambda task, own=merged: own.load(task=task).merge_and_unload(), *cells)
+        table.add(label, partial(_whole, merged), *cells)
+
+
+def _whole(merged: hf_fda.Merged, task: str) -> Any:
+    """A task's model with the merged adapter in its weights."""
+    model: Any = merged.load(task=task)
+    return model.merge_and_unload()
 
 
 def show_combinations(table: Table, combined: Combined) -> None:

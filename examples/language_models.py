@@ -120,10 +120,10 @@ def make_family(work: Path, tasks: Path, seed: int) -> None:
     base = work / "base"
     if not (base / "config.json").is_file():
         texts = [text for name in TEXTS for text in read(tasks, name, "train")]
-        tokenizer = new_tokenizer(texts)
+        made = new_tokenizer(texts)
         print(f"training the base, seed {seed}", flush=True)
-        train(new_model(seed), batches(tokenizer, texts, seed), BASE_STEPS, 3e-3).save_pretrained(base)
-        tokenizer.save_pretrained(base)
+        train(new_model(seed), batches(made, texts, seed), BASE_STEPS, 3e-3).save_pretrained(base)
+        made.save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     for kind, name in KINDS.items():
         if not (work / kind / "config.json").is_file():

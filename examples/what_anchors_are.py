@@ -161,7 +161,7 @@ def look_at_anchors(setting: Setting, seed: int, _: Path) -> dict[str, Any]:
     return found
 
 
-def _builder(base: Any, seed: int, optimizer: str, start: str) -> AnchorBuilder:
+def _builder(base: Any, seed: int, optimizer: Any, start: Any) -> AnchorBuilder:
     config = hf_fda.FDAConfig(
         steps=STEPS[optimizer][-1], optimizer=optimizer, initialization=start, patience=None, num_anchors=64
     )
@@ -204,8 +204,8 @@ def merge(setting: Setting, folder: Path, anchors: Mapping[str, Path], seed: int
     sources = {name: str(task.folder) for name, task in setting.tasks.items()}
     given = {name: str(path) for name, path in anchors.items()}
     made = {**MERGED, "adaptation_schedule": "constant", **options}
-    shared = {"anchors": given, "data": "anchors", "seed": seed, "device": "cpu", "quiet": True}
-    hf_fda.merge(str(setting.base), sources, "fda", folder, **shared, **made)
+    made |= {"anchors": given, "data": "anchors", "seed": seed, "device": "cpu", "quiet": True}
+    hf_fda.merge(str(setting.base), sources, "fda", folder, **made)
     return folder
 
 
@@ -220,8 +220,10 @@ def look_at_merges(setting: Setting, seed: int, work: Path) -> dict[str, Any]:
                 str(setting.base), str(task.folder), "cpu", seed, quiet=True, **options
             )
         print(f"  anchors from {start}", flush=True)
-    initial = {"from the base": {"initial": "base"}, "from task arithmetic": {"initial": "task_arithmetic"}}
-    initial["from task arithmetic"]["scaling"] = 0.3
+    initial: dict[str, dict[str, Any]] = {
+        "from the base": {"initial": "base"},
+        "from task arithmetic": {"initial": "task_arithmetic", "scaling": 0.3},
+    }
     folders = {
         label: [
             merge(setting, work / f"{label.replace(' ', '-')}-{epochs}", anchors["weights"], seed, epochs=epochs, **own)

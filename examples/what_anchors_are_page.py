@@ -148,7 +148,7 @@ def _spectra(setting: str, runs: Runs, output: Path) -> str:
     """Claim 1."""
     axes = Axes("rank of the singular value", "share of the largest", log_x=True, log_y=True)
     first = next(iter(runs.values()))["spectra"]
-    panels = {
+    panels: dict[str, Any] = {
         variant: (
             axes,
             {f"step {step}": ([1.0 + 4 * n for n in range(len(own))], own) for step, own in curves.items()},
@@ -166,7 +166,7 @@ def _spectra(setting: str, runs: Runs, output: Path) -> str:
         for optimizer in ("adamw", "muon")
     ]
     step = "construction step"
-    ways = {
+    ways: dict[str, Any] = {
         "Effective rank": (Axes(step, "directions"), curves_of(runs, "rank"), {}),
         "Tail exponent": (Axes(step, "exponent a of rank^-a"), curves_of(runs, "exponent"), {}),
     }

@@ -1,6 +1,6 @@
 """How exactly adapters of each kind merge: `hf_fda.merge_adapters` and PEFT's `add_weighted_adapter` beside each other.
 
-    python examples/benchmarks/adapters.py [--rank 4] [--only NAME ...]
+    python examples/benchmarks/adapter_exactness.py [--rank 4] [--only NAME ...]
 
 Each kind is put twice, with random weights, on a tiny Llama (with biases) or Mixtral made from its config, in float32.
 Merged are one adapter with weight 1, and both with weights 0.7 and -0.4. The truth is the weighted sum of what each

@@ -15,8 +15,8 @@ from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import AdaptationDistance
 from hf_fda.states.unit_states import Ragged, UnitStates
 
-FORWARD = 256
-"""Rows that run together where nothing is learned."""
+FORWARD = 32
+"""Rows, of about the same length, that run together where nothing is learned."""
 
 WINDOW = 4
 """Parts of rows that are sorted by length among each other."""
@@ -54,9 +54,15 @@ class Examples:
 @torch.no_grad()
 def outputs(module: nn.Module, inputs: Ragged, call: UnitCall) -> Ragged:
     """What a unit gives on all rows, at their real positions."""
-    parts = torch.arange(len(inputs), device=inputs.places.device).split(FORWARD)
-    found = [call.at(rows)(module, inputs.at(rows))[inputs.real_at(rows)] for rows in parts]
-    return Ragged.of(torch.cat(found), inputs.real)
+    places, values = [], []
+    for part in inputs.lengths.argsort(stable=True).split(FORWARD):
+        positions = None if call.along is None else int(inputs.lengths[part].max())
+        rows, needed = part.to(inputs.places.device), call if positions is None else call.cut(positions)
+        real = inputs.real_at(rows, positions)
+        places.append(inputs.places[rows, :positions][real])
+        values.append(needed.at(rows)(module, inputs.at(rows, positions))[real])
+    in_order = torch.cat(places).argsort()
+    return Ragged.of(torch.cat(values)[in_order], inputs.real)
 
 
 def shown(

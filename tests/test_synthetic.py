@@ -236,6 +236,19 @@ class TestByItself:
         assert not plan.data and any("anchors alone" in note and "has tokenizer files" in note for note in plan.notes)
         assert not any("anchors alone" in note for note in self.plan(places, tmp_path, data="anchors").notes)
 
+    def test_nothing_is_drawn_from_what_an_earlier_document_makes(self, tmp_path: Path) -> None:
+        places = family(tmp_path)
+        first = {"name": "first", "merge_method": "linear", "models": [{"model": places[task]} for task in TASKS]}
+        first |= {"parameters": {"weight": 0.5}}
+        last = {"merge_method": "fda", "base_model": places["base"], "parameters": {"steps": 2, "epochs": 1}}
+        last |= {"models": [{"model": "first"}, {"model": places["news"]}]}
+        text = yaml.safe_dump_all([first, last])
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+        planned = hf_fda.plan_config(tmp_path / "config.yaml", output=tmp_path / "merged")
+        assert not planned[-1].data
+        merged = hf_fda.merge_config(tmp_path / "config.yaml", output=tmp_path / "merged", quiet=True)
+        assert "synthetic" not in (merged.folder / "README.md").read_text(encoding="utf-8")
+
     def test_other_methods_get_no_rows(self, tmp_path: Path) -> None:
         assert not self.plan(family(tmp_path), tmp_path, method="tsv").data
 

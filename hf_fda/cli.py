@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_main():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     words, loose = take_options(list(sys.argv[1:] if argv is None else argv))
-    arguments = _parse(words)
+    try:
+        arguments = _parse(words)
+    except SystemExit:
+        _part()
+        raise
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     level = logging.DEBUG if getattr(arguments, "verbose", False) else logging.INFO
     logging.getLogger("hf_fda").setLevel(level if is_main() else logging.ERROR)
@@ -63,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _part() -> None:
     """Let all processes end at once, so that the launcher kills none for the end of another."""
-    if several() and "hf_fda.processes" in sys.modules:
-        from hf_fda.processes import leave
+    if several():
+        from hf_fda.processes import leave, together
 
-        leave()
+        with together("cpu"):  # who has not met the others yet does
+            leave()
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_fda.adapters import adapter_of
@@ -65,8 +66,16 @@ def open_plan_data(
     try:
         return PlanData(open_rows(SYNTHETIC, inputs, config, settings.seed, trust_remote_code))
     except InputError as error:
-        reason, _, _ = str(error).partition(";")  # what follows is a way out for those who asked for rows
+        reason = _reason(error, inputs)
         return PlanData(note=f"anchors alone are matched, as no rows can be drawn from the weights: {reason}")
+
+
+def _reason(error: InputError, inputs: Inputs) -> str:
+    """What was wrong, for a card: where models lie is nobody else's, and the way out is for those who asked for rows."""
+    reason, _, _ = str(error).partition(";")
+    for id in sorted({inputs.base.id, *(source.id for source in inputs.sources)}, key=len, reverse=True):
+        reason = reason.replace(f" ({id})", "").replace(id, Path(id).name)
+    return reason
 
 
 def open_rows(

@@ -42,6 +42,8 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
         with together(plan.device) as team:
             return run(plan, quiet, team)
     team.agree(lambda: check_disk(plan) if team.main else None)
+    if plan.settle is not None:
+        plan = team.agree(plan.settle)
     team.agree(lambda: check_base(plan.inputs, bool(plan.arguments.get("force")), fetch=True))
     with Progress(quiet=quiet or not team.main) as progress:
         try:

@@ -60,6 +60,8 @@ def notes_of(
         notes.append(f"the output is a {result.layout.model_class.__name__}, as the sources are")
     if isinstance(config, FDAConfig) and config.parametrization == "factors":
         notes.append(_stepped_on(ranks))
+    if data.assumed:
+        notes.append("whether the weights show what text they saw is looked at once they were downloaded")
     if data.note is not None:
         notes.append(data.note)
     if isinstance(config, UnitwiseConfig) and data.rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ class PlanData:
     note: str | None = None
 
     @property
+    def assumed(self) -> bool:
+        """Whether rows are to be drawn from weights that were not downloaded yet."""
+        return any(opened.assumed for opened in self.rows.values())
+
+    @property
     def recorded(self) -> dict[str, Any]:
         """What `merge_config.yaml` says of it."""
         if self.anchors:
@@ -39,7 +44,12 @@ class PlanData:
 
 
 def open_plan_data(
-    data: Any, inputs: Inputs, config: MethodConfig, settings: Settings, trust_remote_code: bool = False
+    data: Any,
+    inputs: Inputs,
+    config: MethodConfig,
+    settings: Settings,
+    trust_remote_code: bool = False,
+    fetch: bool = True,
 ) -> PlanData:
     """The data of a plan, checked.
 
@@ -53,42 +63,41 @@ def open_plan_data(
         config: of the merge method.
         settings: where and how the merge is written; the choice of rows is by its seed.
         trust_remote_code: run code that comes with a tokenizer.
+        fetch: whether weights may be downloaded; those that are not here are assumed to show text.
 
     Raises:
         InputError: naming the task whose data cannot be used, and the way out.
     """
+    reading = Reading(seed=settings.seed, trust_remote_code=trust_remote_code, fetch=fetch)
     if isinstance(data, str) and data == ANCHORS:
         return PlanData(anchors=True)
     if data is not None:
-        return PlanData(open_rows(data, inputs, config, settings.seed, trust_remote_code))
+        return PlanData(open_rows(data, inputs, config, reading))
     if not isinstance(config, FDAConfig) or settings.budget is not None or not _may_show_text(inputs):
         return PlanData()
     try:
-        return PlanData(open_rows(SYNTHETIC, inputs, config, settings.seed, trust_remote_code))
+        return PlanData(open_rows(SYNTHETIC, inputs, config, reading))
     except InputError as error:
         reason = _reason(error, inputs)
         return PlanData(note=f"anchors alone are matched, as no rows can be drawn from the weights: {reason}")
 
 
 def _reason(error: InputError, inputs: Inputs) -> str:
-    """What was wrong, for a card: where models lie is nobody else's, and the way out is for those who asked for rows."""
+    """What was wrong, for a card: without where models lie, and without the way out for who asked for rows."""
     reason, _, _ = str(error).partition(";")
     for id in sorted({inputs.base.id, *(source.id for source in inputs.sources)}, key=len, reverse=True):
         reason = reason.replace(f" ({id})", "").replace(id, Path(id).name)
     return reason
 
 
-def open_rows(
-    data: Any, inputs: Inputs, config: MethodConfig, seed: int, trust_remote_code: bool = False
-) -> dict[str, OpenedData]:
+def open_rows(data: Any, inputs: Inputs, config: MethodConfig, reading: Reading) -> dict[str, OpenedData]:
     """The rows of data that a method looks at, checked, by task.
 
     Args:
         data: as a user gives it, by task, or the word for rows drawn from the weights; None where there is none.
         inputs: base and sources.
         config: of a method that looks at data.
-        seed: of the choice of rows.
-        trust_remote_code: run code that comes with a tokenizer.
+        reading: how rows are read; how many, and how long they are, is for the config to say.
 
     Raises:
         InputError: naming the task whose data cannot be used, and the way out.
@@ -96,8 +105,8 @@ def open_rows(
     if data is None:
         return {}
     assert isinstance(config, RowsConfig)
-    reading = Reading(config.rows, config.max_length, seed, trust_remote_code)
-    return open_data(data, inputs, reading, of_all=config.data == "must")
+    own = replace(reading, rows=config.rows, max_length=config.max_length)
+    return open_data(data, inputs, own, of_all=config.data == "must")
 
 
 def _may_show_text(inputs: Inputs) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def plan(
     **options: Any,
 ) -> Plan:
     """Check a merge from configurations and file headers alone; nothing is written, and no weight is read but, where
-    rows are drawn from them, token embeddings.
+    rows are drawn from them, token embeddings of files that are on this machine.
 
     Args:
         base: the checkpoint all sources were fine-tuned from: a Hub id ("org/name", "org/name@revision"), a folder,
@@ -122,8 +123,39 @@ def plan(
     inputs = open_inputs(
         base, sources, anchors, trust_remote_code, tokenizer, tokens, chat_template, pad_to_multiple_of
     )
-    checked = make_plan(inputs, given, settings, open_plan_data(data, inputs, given, settings, trust_remote_code))
+    checked = check_merge(inputs, given, settings, data, trust_remote_code)
     return checked if processes is None else replace(checked, time=predict(checked, processes))
+
+
+def check_merge(
+    inputs: Inputs,
+    given: MethodConfig,
+    settings: Settings,
+    data: Any = None,
+    trust_remote_code: bool = False,
+    describe: Callable[[PlanData], Described | None] = lambda data: None,
+) -> Plan:
+    """Check a merge of what is open, and of data as a user gives it. No weights are downloaded: of rows that are to be
+    drawn from such, `Plan.settle` checks the merge again.
+
+    Args:
+        inputs: base and sources.
+        given: the merge method.
+        settings: where and how it is written.
+        data: by task, or a word; None where there is none.
+        trust_remote_code: run code that comes with a tokenizer.
+        describe: what the configuration says that the merge was read from, if it was.
+
+    Raises:
+        InputError: naming the argument, source or tensor that cannot be used, and the way out.
+    """
+
+    def check(fetch: bool) -> Plan:
+        found = open_plan_data(data, inputs, given, settings, trust_remote_code, fetch)
+        checked = make_plan(inputs, given, settings, found, describe(found))
+        return replace(checked, settle=partial(check, True)) if found.assumed else checked
+
+    return check(False)
 
 
 def make_plan(

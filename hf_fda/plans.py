@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ class Plan:
     `adapter` the adapter; `ranks` of the thin factors that adaptation steps on, by the base's names of tensors; `time`
     is how long it will take, where that was asked for; `notes` say what a user may not expect; `data` are the rows of
     every task that the method looks at, `anchoring` the options with which anchors are made if it looks at these.
+    `settle` checks the merge again where rows are drawn from weights that were not downloaded yet, and downloads them.
     """
 
     inputs: Inputs
@@ -55,6 +56,7 @@ class Plan:
     time: Prediction | None = None
     data: Mapping[str, OpenedData] = field(default_factory=dict)
     anchoring: FDAConfig | None = None
+    settle: Callable[[], Plan] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def peak_memory_bytes(self) -> int:

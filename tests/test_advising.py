@@ -349,15 +349,15 @@ def test_advice_states_the_cost_of_the_plan_and_merges_with_its_arguments(classi
 
 
 def test_what_cannot_be_done_is_left_out_and_said(classifiers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_fda.planning import make_plan
+    from hf_fda.planning import check_merge
 
-    def picky(inputs: Any, config: Any, settings: Any, data: Any) -> Any:
+    def picky(inputs: Any, config: Any, *others: Any) -> Any:
         if config.name != "fda":
             raise InputError(f"no {config.name} of these")
-        return make_plan(inputs, config, settings, data)
+        return check_merge(inputs, config, *others)
 
     base, sources = classifiers
-    monkeypatch.setattr("hf_fda.advising.candidates.make_plan", picky)
+    monkeypatch.setattr("hf_fda.advising.candidates.check_merge", picky)
     advice = hf_fda.advise(base, sources, **QUIET)
     assert [one.label for one in advice.recommendations] == ["fda on anchors alone"]
     assert advice.notes[1:] == ("not possible here: no isotropic of these", "not possible here: no tsv of these")

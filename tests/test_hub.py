@@ -258,7 +258,8 @@ def test_a_plan_from_hub_ids_fetches_configurations_and_headers_only(hub: FakeHu
     assert arguments["sources"] == {name: f"{id}@{commit_of(hub, id)}" for name, id in SOURCES.items()}
     ids = ["org/base", *SOURCES.values()]
     assert {name for name in hub.served if not name.endswith("README.md")} == {
-        f"{id}/{name}" for id in ids for name in ("config.json", WEIGHTS)
+        "org/base/vocab.txt",  # for the rows that are to be drawn from the weights
+        *(f"{id}/{name}" for id in ids for name in ("config.json", WEIGHTS)),
     }
     for id in ids:
         whole = len(hub.files(id, "v1" if id == "org/base" else "main")[WEIGHTS])
@@ -551,6 +552,28 @@ def test_a_download_that_fails_on_the_way_is_named_and_the_same_call_goes_on(
     assert contents(away(merge, "org/base@v1", SOURCES, tmp_path / "pulled")) == contents(merged)
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_whether_weights_show_text_is_seen_once_they_are_downloaded(
+    moved: bool, hub: FakeHub, away: Away, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    base, local, ids = folders["base-v1"], {name: folders[name] for name in SOURCES}, dict(SOURCES)
+    if not moved:
+        embedding = t.BertModel.from_pretrained(base).embeddings.word_embeddings.weight
+        for name, folder in local.items():
+            model = t.BertForSequenceClassification.from_pretrained(folder)
+            model.bert.embeddings.word_embeddings.weight.data = embedding.data
+            model.save_pretrained(tmp_path / name)
+            local[name], ids[name] = tmp_path / name, f"me/{name}"
+            hub.publish(ids[name], local[name])
+    how = {"method": "fda", "epochs": 1, **ANCHORS}
+    pulled = away(merge, "org/base@v1", ids, tmp_path / "pulled", **how)
+    assert contents(pulled) == contents(merge(str(base), local, tmp_path / "merged", **how))
+    card = (pulled / "README.md").read_text(encoding="utf-8")
+    assert ("synthetic rows" in card) == moved
+    assert ("anchors alone are matched" in card) != moved
+    assert "looked at once" not in card
+
+
 # -- push a merge, and load it from the Hub --------------------------------------------------------------------------
 
 
@@ -829,7 +852,7 @@ def test_a_pushed_skill_is_merged_as_the_source_itself(
     assert {"rest.safetensors", "task_head/model.safetensors", "task_head/config.json"} < set(
         hub.files("me/one", kind="datasets")
     )
-    how = {"initial": "base", "parametrization": "parameters", "epochs": 2, **ANCHORS}
+    how = {"initial": "base", "parametrization": "parameters", "epochs": 2, "data": "anchors", **ANCHORS}
     del hub.repositories["models", "org/one"], hub.repositories["models", "org/two"]
     pulled = away(
         merge, "org/base@v1", {name: f"datasets/me/{name}" for name in SOURCES}, tmp_path / "a", method="fda", **how

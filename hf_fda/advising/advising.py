@@ -110,7 +110,7 @@ def advise(
         held = None if try_data is None else check_held(inputs, try_data, metrics, reading)
         own = None if method is None else _own(method, options, data)
         looking = FDAConfig()
-        opened = {} if isinstance(data, str) else open_rows(data, inputs, looking, seed, trust_remote_code)
+        opened = {} if isinstance(data, str) else open_rows(data, inputs, looking, reading)
         facts = gather(inputs, opened, looking.rows or 0, settings.device)
         rule = rule_for(facts)
         found, notes = candidates(

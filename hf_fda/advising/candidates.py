@@ -14,8 +14,7 @@ from hf_fda.advising.rules import Proposal
 from hf_fda.errors import InputError
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import resolve_method
-from hf_fda.plan_data import open_plan_data
-from hf_fda.planning import make_plan
+from hf_fda.planning import check_merge
 from hf_fda.plans import Plan, readable_size
 from hf_fda.prediction import readable_time
 from hf_fda.refusals import check_wants_data
@@ -61,8 +60,7 @@ class Planner:
         check_wants_data(config, data)
         folder = self.settings.output / slug(proposal.label)
         settings = replace(self.settings, output=new_folder(folder))
-        found = open_plan_data(data, self.inputs, config, settings, self.trust_remote_code)
-        return make_plan(self.inputs, config, settings, found)
+        return check_merge(self.inputs, config, settings, data, self.trust_remote_code)
 
 
 def slug(label: str) -> str:

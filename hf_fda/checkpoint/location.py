@@ -85,6 +85,18 @@ class Location:
         """
         return read_json(self.path(name), f"{self.id}: {name}")
 
+    @property
+    def here(self) -> bool:
+        """Whether the weights lie on this disk; those of a repository on the Hub do once they were fetched."""
+        if self.folder is not None:
+            return True
+        try:
+            for name in self.weight_files():
+                self._fetch(name, cached=True)
+        except LocalEntryNotFoundError:
+            return False
+        return True
+
     def header(self, name: str) -> dict[str, TensorEntry]:
         """A safetensors file's tensors. Of a Hub file that is not in the cache only the header is fetched, and where
         its tensors start is not known (counted from the header's end)."""

@@ -79,6 +79,11 @@ class OpenedData:
         """Whether the rows are no data, but drawn from the source's weights."""
         return self.record["path"] == SYNTHETIC
 
+    @property
+    def assumed(self) -> bool:
+        """Whether the rows are drawn from weights that were not downloaded yet, which may turn out to show nothing."""
+        return self.table.assumed
+
     def _said(self, what: str) -> str:
         return what if self.count is None else f"{what}, {self.count:,} row{'s' if self.count > 1 else ''}"
 

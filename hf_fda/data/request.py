@@ -29,13 +29,15 @@ class Reading:
 
     `rows` is the most rows of a task (None: all): a sample by `seed` of those that can be counted, in their own order,
     and the first ones of a stream. `max_length` is the most tokens of a text, or the model's own maximum where that is
-    less; what is longer is cut by the tokenizer, as a rule at its end.
+    less; what is longer is cut by the tokenizer, as a rule at its end. Without `fetch` no weights are downloaded for
+    rows that are drawn from them: until they are here, it is assumed that they show some text.
     """
 
     rows: int | None = None
     max_length: int = 512
     seed: int = 0
     trust_remote_code: bool = False
+    fetch: bool = True
 
     def __post_init__(self) -> None:
         if self.rows is not None:

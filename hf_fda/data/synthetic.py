@@ -48,6 +48,13 @@ class Seen:
     longest: int
     pairs: bool
 
+    @classmethod
+    def assumed(cls, tokenizer: PreTrainedTokenizerBase, limit: int) -> Seen:
+        """Of weights that nobody looked at yet: any token, in texts of a usual length."""
+        weights = torch.ones(len(tokenizer))
+        weights[[own for own in tokenizer.all_special_ids if own < len(weights)]] = 0
+        return cls(weights, min(USUAL, limit), False)
+
 
 def seen_by(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokenizerBase, limit: int) -> Seen:
     """What a source's embeddings show.
@@ -62,7 +69,7 @@ def seen_by(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokeni
         InputError: when the source's token embeddings are the base's.
     """
     model: Any = base.layout.model
-    tokens = next(path for path, own in model.named_modules() if own is model.get_input_embeddings())
+    tokens = _tokens(base)
     shift = _shift(base, source, tokens)
     if shift is not None:
         shift[len(tokenizer) :] = 0
@@ -108,7 +115,9 @@ def draw_from(inputs: Inputs, source: AlignedSource, taker: Taker, given: Given,
         )
     tokenizer = tokenizer_of(inputs, source, reading.trust_remote_code)
     limits = (given.max_length or reading.max_length, tokenizer.model_max_length, taker.limit)
-    seen = seen_by(inputs.base, source, tokenizer, min(limit for limit in limits if limit is not None))
+    limit = min(own for own in limits if own is not None)
+    assumed = not (reading.fetch or _here(inputs.base, source))
+    seen = Seen.assumed(tokenizer, limit) if assumed else seen_by(inputs.base, source, tokenizer, limit)
     longest = max(SHORTEST, seen.longest - tokenizer.num_special_tokens_to_add(pair=seen.pairs))
 
     def read(most: int | None, stream: torch.Generator) -> list[Row]:
@@ -120,7 +129,8 @@ def draw_from(inputs: Inputs, source: AlignedSource, taker: Taker, given: Given,
         return iter(read(1, random_stream(reading.seed, "first row", source.name)))
 
     columns = {"text": TEXT, "text_pair": TEXT} if seen.pairs else {"text": TEXT}
-    return Table(f"synthetic data of '{source.name}'", columns, None, first, read, {"path": SYNTHETIC})
+    label = f"synthetic data of '{source.name}'"
+    return Table(label, columns, None, first, read, {"path": SYNTHETIC}, assumed=assumed)
 
 
 def _row(tokens: list[int], tokenizer: PreTrainedTokenizerBase, pair: bool) -> Row:
@@ -129,9 +139,28 @@ def _row(tokens: list[int], tokenizer: PreTrainedTokenizerBase, pair: bool) -> R
     return dict(zip(("text", "text_pair"), texts, strict=False))
 
 
+def _tokens(base: Checkpoint) -> str:
+    """The path of the embedding of tokens."""
+    model: Any = base.layout.model
+    return next(path for path, own in model.named_modules() if own is model.get_input_embeddings())
+
+
+def _here(base: Checkpoint, source: AlignedSource) -> bool:
+    """Whether nothing has to be downloaded to see what a source's embeddings show."""
+    if not source.may_move(_name(base, _tokens(base))):
+        return True
+    places = [own.location for checkpoint in (base, source.checkpoint) for own in checkpoint.origins]
+    return all(place is None or place.here for place in places)
+
+
+def _name(base: Checkpoint, path: str) -> str:
+    """The tensor of the embedding at a path."""
+    return base.layout.tied.get(f"{path}.weight", f"{path}.weight")
+
+
 def _shift(base: Checkpoint, source: AlignedSource, path: str) -> Tensor | None:
     """How far each row of the embedding at a path moved, (rows,); None where the source has the base's."""
-    name = base.layout.tied.get(f"{path}.weight", f"{path}.weight")
+    name = _name(base, path)
     if not source.may_move(name):
         return None
     rows, width = base.shape(name)

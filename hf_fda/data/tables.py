@@ -32,7 +32,8 @@ class Table:
     `label` is what to call it in messages, `columns` are their types in words by name, `count` the number of rows where
     it is known. `first` gives the rows from the first on; `read` all or at most so many of them, as a sample by a
     random stream where they can be counted. `facts` say how to find it again. `classes` are the names of the numbers in
-    columns of labels, by column, where the dataset says them.
+    columns of labels, by column, where the dataset says them. `assumed` says that where the rows are to come from was
+    not looked at yet.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Table:
     read: Callable[[int | None, torch.Generator], Sequence[Row]]
     facts: Mapping[str, Any]
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    assumed: bool = False
 
     def sample(self, rows: int | None, seed: int, task: str) -> Sequence[Row]:
         """At most so many rows, the same for the same seed, in their own order."""

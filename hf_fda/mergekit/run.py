@@ -24,8 +24,8 @@ from hf_fda.mergekit.schema import Document, read_document
 from hf_fda.mergekit.views import Nothing, Planned
 from hf_fda.mergekit.vocabulary import vocabulary_of
 from hf_fda.mergekit.yamlnodes import read_documents
-from hf_fda.plan_data import PlanData, open_plan_data
-from hf_fda.planning import make_plan
+from hf_fda.plan_data import PlanData
+from hf_fda.planning import check_merge, make_plan
 from hf_fda.plans import Plan
 from hf_fda.prediction import predict
 from hf_fda.processes import together
@@ -202,11 +202,14 @@ def _plan(stage: Stage, results: Mapping[str, Checkpoint], settings: Mapping[str
     check_wants_data(parameters.general, data)
     if varying and parameters.general.data != "never":
         raise InputError(f"method '{parameters.general.name}': {varying[0]} must be the same for all tensors")
+
+    def describe(found: PlanData) -> Described:
+        return Described(_record(document, models.pinned(), checked, found), at, varying)
+
     # Results of earlier documents cannot be read when this one is planned, so nothing is drawn from them unasked.
-    unread = data is None and any(reference.model in results for reference in document.references)
-    found = PlanData() if unread else open_plan_data(data, inputs, parameters.general, checked, trust)
-    described = Described(_record(document, models.pinned(), checked, found), at, varying)
-    return make_plan(inputs, parameters.general, checked, found, described)
+    if data is None and any(reference.model in results for reference in document.references):
+        return make_plan(inputs, parameters.general, checked, PlanData(), describe(PlanData()))
+    return check_merge(inputs, parameters.general, checked, data, trust, describe)
 
 
 def _record(document: Document, pinned: Mapping[str, str], settings: Settings, data: PlanData) -> dict[str, Any]:

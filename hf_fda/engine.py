@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from hf_fda.adapter_assembly import AdapterAssembly
 from hf_fda.assembly import Assembly, CheckpointAssembly
-from hf_fda.errors import InputError, RunError
+from hf_fda.errors import InputError, RunError, UnreachableError
 from hf_fda.given_anchors import check_base
 from hf_fda.plans import Plan
 from hf_fda.preparing.interface import Preparation
@@ -42,8 +43,7 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
         with together(plan.device) as team:
             return run(plan, quiet, team)
     team.agree(lambda: check_disk(plan) if team.main else None)
-    if plan.settle is not None:
-        plan = team.agree(plan.settle)
+    plan = team.agree(partial(_settled, plan))
     team.agree(lambda: check_base(plan.inputs, bool(plan.arguments.get("force")), fetch=True))
     with Progress(quiet=quiet or not team.main) as progress:
         try:
@@ -58,6 +58,14 @@ def run(plan: Plan, quiet: bool = False, team: Team | None = None) -> Path:
             # An input that was whole when the plan was made: a download that broke off
             raise RunError(f"{error}; the same call goes on from here") from None
     return plan.output
+
+
+def _settled(plan: Plan) -> Plan:
+    """A plan in which nothing is assumed."""
+    try:
+        return plan if plan.settle is None else plan.settle()
+    except UnreachableError as error:
+        raise RunError(f"{error}; the same call goes on from here") from None
 
 
 def _merge(run: Run, preparation: Preparation) -> None:

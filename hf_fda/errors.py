@@ -20,6 +20,10 @@ class InputError(HFFDAError, ValueError):
     """An argument or an input cannot be used. Raised before any work starts; nothing was written."""
 
 
+class UnreachableError(InputError):
+    """The Hub gives no answer, or refuses one: whether the input can be used is not known."""
+
+
 class RunError(HFFDAError, RuntimeError):
     """The work failed on the way. What was finished stays on disk; the same call goes on from there."""
 

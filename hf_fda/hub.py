@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from hf_fda.errors import InputError
+from hf_fda.errors import InputError, UnreachableError
 
 UNREACHABLE = (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError, HTTPError, OSError)
 """What the Hub's client raises when it cannot be asked (it is down, or the process is offline)."""
@@ -25,7 +25,7 @@ UNREACHABLE = (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolution
 
 @contextmanager
 def hub_errors(id: str, prefix: str = "", file: str = "") -> Iterator[None]:
-    """Translate what the Hub's client raises into `InputError`.
+    """Translate what the Hub's client raises into `InputError`, where it cannot be asked into `UnreachableError`.
 
     Args:
         id: the repository as the user wrote it.
@@ -50,7 +50,7 @@ def hub_errors(id: str, prefix: str = "", file: str = "") -> Iterator[None]:
     except HFValidationError as error:
         raise InputError(f"{id}: {prefix}not a Hub id ({first_line(error)})") from None
     except UNREACHABLE as error:
-        raise InputError(f"{where}{_unanswered(error, prefix)}") from None
+        raise UnreachableError(f"{where}{_unanswered(error, prefix)}") from None
 
 
 def _unanswered(error: BaseException, prefix: str) -> str:

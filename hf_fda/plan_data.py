@@ -11,7 +11,7 @@ from hf_fda.adapters import adapter_of
 from hf_fda.blocks import family_of
 from hf_fda.data.opening import OpenedData, open_data
 from hf_fda.data.request import ANCHORS, SYNTHETIC, Reading
-from hf_fda.errors import InputError
+from hf_fda.errors import InputError, UnreachableError
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.looking import RowsConfig
@@ -67,6 +67,7 @@ def open_plan_data(
 
     Raises:
         InputError: naming the task whose data cannot be used, and the way out.
+        UnreachableError: when the Hub does not give what tells whether rows can be drawn.
     """
     reading = Reading(seed=settings.seed, trust_remote_code=trust_remote_code, fetch=fetch)
     if isinstance(data, str) and data == ANCHORS:
@@ -77,6 +78,8 @@ def open_plan_data(
         return PlanData()
     try:
         return PlanData(open_rows(SYNTHETIC, inputs, config, reading))
+    except UnreachableError:
+        raise
     except InputError as error:
         reason = _reason(error, inputs)
         return PlanData(note=f"anchors alone are matched, as no rows can be drawn from the weights: {reason}")

@@ -566,6 +566,14 @@ def test_whether_weights_show_text_is_seen_once_they_are_downloaded(
             local[name], ids[name] = tmp_path / name, f"me/{name}"
             hub.publish(ids[name], local[name])
     how = {"method": "fda", "epochs": 1, **ANCHORS}
+    hub.refused.add("org/base/vocab.txt")
+    with pytest.raises(hf_fda.InputError, match=r"org/base@v1: vocab.txt: .*Hub"):
+        away(plan, "org/base@v1", ids, tmp_path / "pulled", **how)
+    hub.refused.clear()
+    hub.refused.add(f"{ids['two']}/{WEIGHTS}")
+    with pytest.raises(hf_fda.RunError, match=r"two: .*goes on"):
+        away(merge, "org/base@v1", ids, tmp_path / "pulled", **how)
+    hub.refused.clear()
     pulled = away(merge, "org/base@v1", ids, tmp_path / "pulled", **how)
     assert contents(pulled) == contents(merge(str(base), local, tmp_path / "merged", **how))
     card = (pulled / "README.md").read_text(encoding="utf-8")

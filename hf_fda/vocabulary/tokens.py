@@ -86,7 +86,11 @@ def load_tokenizer(location: Location, label: str, trust_remote_code: bool) -> P
 
     Raises:
         InputError: when transformers cannot load it.
+        UnreachableError: when the Hub does not give its files.
     """
+    for name in WITH_TOKENS:
+        if name in location.names:
+            location.path(name)
     where = str(location.folder or location.repo_id)
     remote = {"revision": location.commit, "subfolder": location.subfolder} if location.folder is None else {}
     try:

@@ -398,6 +398,14 @@ def family(tmp_path: Path) -> Family:
     return Family(tmp_path)
 
 
+def test_a_method_of_the_users_that_is_recommended_is_no_second_one(family: Family) -> None:
+    advice = hf_fda.advise(family.base, family.sources, "fda", **QUIET)
+    assert [one.label for one in advice.recommendations if one.method == "fda"] == [
+        "fda with synthetic data",
+        "fda on anchors alone",
+    ]
+
+
 OWN: dict[str, Any] = {"method": "task_arithmetic", "scaling": -2.0}
 
 

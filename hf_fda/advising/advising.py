@@ -116,7 +116,7 @@ def advise(
         found, notes = candidates(
             Planner(inputs, settings, data, trust_remote_code), rule.proposals, own, facts, seconds
         )
-        short = _short_list(found, keep, own)
+        short = _short_list(found, keep)
         tried, alone = ([], None) if held is None else try_out(short, held, reading, quiet)
         done = {one.label for one in tried}
         ranked = [*tried, *(one.recommendation for one in found if one.recommendation.label not in done)]
@@ -153,10 +153,9 @@ def _check(
         check_wants_data(FDAConfig(), data)
 
 
-def _short_list(found: Sequence[Candidate], keep: int, own: Proposal | None) -> list[Candidate]:
+def _short_list(found: Sequence[Candidate], keep: int) -> list[Candidate]:
     """The first few candidates, and the user's own."""
-    first = [one for one in found if own is None or one.recommendation.label != own.label][:keep]
-    return first + [one for one in found if own is not None and one.recommendation.label == own.label]
+    return [one for one in found if not one.own][:keep] + [one for one in found if one.own]
 
 
 def _own(method: str | MethodConfig, options: Mapping[str, Any], data: Any) -> Proposal:

@@ -27,10 +27,11 @@ LONGEST = 80
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merge that can be made: its plan, and what is said of it."""
+    """A merge that can be made: its plan, what is said of it, and whether it is the user's own."""
 
     plan: Plan
     recommendation: Recommendation
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def candidates(
     Args:
         planner: makes their plans.
         proposals: best first.
-        own: one of the user's, which comes last.
+        own: one of the user's, which comes last unless it is among the proposals.
         facts: of the merge.
         seconds: that it may take, at most.
 
@@ -97,8 +98,13 @@ def candidates(
             planned.append((one, planner.plan(one)))
         except InputError as error:
             refused.append(error)
-    if own is not None and own.label not in [one.label for one in proposals]:
-        planned.append((own, planner.plan(own)))
+    users = None
+    if own is not None:
+        checked = planner.plan(own)
+        same = (one for one, plan in planned if plan.arguments == checked.arguments)
+        users = next(same, own)
+        if users is own:
+            planned.append((own, checked))
     if not planned:
         raise refused[0]
     costs = [cost_of(plan) for _, plan in planned]
@@ -109,7 +115,7 @@ def candidates(
     for place, number in enumerate(order, 1):
         (one, plan), reasons = planned[number], (planned[number][0].why, *against[number])
         said = Recommendation(one.method, one.options, one.data, place, reasons, one.cells, costs[number])
-        found.append(Candidate(plan, said))
+        found.append(Candidate(plan, said, one is users))
     return found, [f"not possible here: {error}" for error in refused]
 
 

@@ -33,6 +33,28 @@ FAMILIES: dict[str, tuple[Any, Callable[[], Any]]] = {
     "bert": (t.BertForSequenceClassification, lambda: t.BertConfig(**TEXT, max_position_embeddings=40)),
     "bert-mlm": (t.BertForMaskedLM, lambda: t.BertConfig(**TEXT, max_position_embeddings=40)),
     "roberta": (t.RobertaForSequenceClassification, lambda: t.RobertaConfig(**TEXT, max_position_embeddings=40)),
+    "electra": (  # embedded text is narrower than the blocks
+        t.ElectraForSequenceClassification,
+        lambda: t.ElectraConfig(**TEXT, embedding_size=16, max_position_embeddings=40),
+    ),
+    "deberta-v2": (  # a table is used without being called, and goes into every block
+        t.DebertaV2ForSequenceClassification,
+        lambda: t.DebertaV2Config(
+            **TEXT,
+            max_position_embeddings=40,
+            relative_attention=True,
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
+    ),
+    "mpnet": (  # marks no blocks
+        t.MPNetForSequenceClassification,
+        lambda: t.MPNetConfig(**TEXT, max_position_embeddings=40),
+    ),
     "vit": (t.ViTForImageClassification, lambda: t.ViTConfig(**IMAGE)),
     "clip-vision": (t.CLIPVisionModel, lambda: t.CLIPVisionConfig(**IMAGE)),
     "clip-image": (t.CLIPForImageClassification, _clip),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from hf_fda.blocks.discovery import Unit, example_inputs, find_blocks
+from hf_fda.blocks.streamed import stream_weights
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.checkpoint.layout import ModelLayout, meta_model
+from hf_fda.checkpoint.layout import meta_model
 from hf_fda.errors import InputError
-
-
-class Weights(Protocol):
-    """What a model runs with: its layout, and its tensors by name."""
-
-    @property
-    def layout(self) -> ModelLayout:
-        """Of the model."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Of the tensors that there are."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-        ...
 
 
 @dataclass
@@ -192,9 +175,7 @@ def _run(
         model.get_submodule(unit.name).register_forward_pre_hook(hook, with_kwargs=True)
     for path, module in model.named_modules():
         if _is_position_table(path, module):
-            module.register_forward_pre_hook(
-                lambda _module, args, name=f"{path}.weight": positions.__setitem__(name, args[0].detach().cpu())
-            )
+            module.register_forward_pre_hook(_position_recorder(positions, f"{path}.weight"))
     skipped = () if skip is None else find_blocks(model)
     for block in skipped:
         model.get_submodule(block).forward = lambda *args, **kwargs: _hidden((args, kwargs)) + (skip or 0)
@@ -218,65 +199,12 @@ def _recorder(seen: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any]
     return record
 
 
-def stream_weights(
-    model: PreTrainedModel, checkpoint: Weights, device: torch.device, skipped: Collection[str] = ()
-) -> None:
-    """Make a meta model runnable with little memory: a block, or a module outside the blocks, holds its weights only
-    while it runs.
+def _position_recorder(positions: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
+    def record(_module: nn.Module, args: Any) -> None:
+        if isinstance(args[0], Tensor):  # of a table that is not learned it may be a shape
+            positions[name] = args[0].detach().cpu()
 
-    Args:
-        model: on the meta device with real buffers, of the checkpoint's own class.
-        checkpoint: where the weights come from.
-        device: where to run.
-        skipped: blocks that get no weights.
-    """
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-    blocks = find_blocks(model)
-    inside = tuple(f"{block}." for block in blocks)
-    tied = checkpoint.layout.tied
-    for path, module in model.named_modules():
-        whole = path in blocks
-        if path in skipped or path.startswith(inside) or not (whole or module._parameters):
-            continue
-        loader, dropper = _weight_hooks(path, module, checkpoint, tied, device, recurse=whole)
-        module.register_forward_pre_hook(loader, prepend=True)
-        module.register_forward_hook(dropper, always_call=True)
-
-
-def _weight_hooks(
-    path: str,
-    module: nn.Module,
-    checkpoint: Weights,
-    tied: dict[str, str],
-    device: torch.device,
-    recurse: bool,
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    prefix = f"{path}." if path else ""
-    meta = dict(module.named_parameters(recurse=recurse))
-
-    def set_all(values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            owner, _, attribute = name.rpartition(".")
-            module.get_submodule(owner)._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-
-    held = set(checkpoint.names)
-
-    def weight(name: str, shape: torch.Size) -> Tensor:
-        if name not in held:  # a pooler that the files lack: what follows the blocks does not matter here
-            return torch.zeros(shape, device=device)
-        return checkpoint.read(name).to(device, torch.float32)
-
-    def load(*_: Any) -> None:
-        names = {name: tied.get(prefix + name, prefix + name) for name in meta}
-        set_all({name: weight(full, meta[name].shape) for name, full in names.items()})
-
-    def drop(*_: Any) -> None:
-        set_all(dict(meta))
-
-    return load, drop
+    return record
 
 
 def _call(one: Any, two: Any) -> UnitCall:

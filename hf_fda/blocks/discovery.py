@@ -34,18 +34,23 @@ class Unit:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the repeated blocks, in the model's order: items of module lists of checkpointing layers.
+    """Paths of the repeated blocks, in the model's order: items of module lists of checkpointing layers, or, where a
+    model marks none, of its only list of several modules that take hidden states.
 
     >>> from transformers import BertConfig, BertModel
     >>> find_blocks(BertModel(BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=2)))
     ('encoder.layer.0', 'encoder.layer.1')
     """
-    return tuple(
-        f"{path}.{index}"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
-        for index in range(len(module))
-    )
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    found = [path for path, module in lists.items() if isinstance(module[0], GradientCheckpointingLayer)]
+    if not found:
+        found = [path for path, module in lists.items() if len(module) > 1 and _takes_hidden_states(module[0])]
+        found = found if len(found) == 1 else []
+    return tuple(f"{path}.{index}" for path in found for index in range(len(lists[path])))
+
+
+def _takes_hidden_states(module: nn.Module) -> bool:
+    return next(iter(inspect.signature(module.forward).parameters), "") == "hidden_states"
 
 
 def require_blocks(layout: ModelLayout) -> tuple[str, ...]:
@@ -168,7 +173,7 @@ def example_inputs(
         inputs["pixel_values"] = pixels.repeat(batch, 1, 1, 1).to(device)
     for side in ("", "decoder_") if config.is_encoder_decoder else ("",):
         if embeds and f"{side}inputs_embeds" in takes:
-            size = config.get_text_config().hidden_size
+            size = _embedding_size(model)
             values = torch.randn(1, tokens, size, generator=generator)
             inputs[f"{side}inputs_embeds"] = values.repeat(batch, 1, 1).to(device)
         elif f"{side}input_ids" in takes:
@@ -178,6 +183,15 @@ def example_inputs(
     if "use_cache" in takes:
         inputs["use_cache"] = not embeds  # a cache spares the decoder masks a look at values that meta cannot give
     return inputs
+
+
+def _embedding_size(model: PreTrainedModel) -> int:
+    """The width of embedded text, which a model may project to that of its blocks."""
+    try:
+        table: Any = model.get_input_embeddings()
+        return int(table.weight.shape[-1])
+    except (NotImplementedError, AttributeError):  # no table, or several
+        return int(model.config.get_text_config().hidden_size)
 
 
 def _pair(size: Any) -> tuple[int, int]:

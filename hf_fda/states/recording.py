@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_fda.blocks.capture import UnitCall, Weights, stream_weights
+from hf_fda.blocks.capture import UnitCall
+from hf_fda.blocks.streamed import Weights, stream_weights
 from hf_fda.checkpoint.layout import meta_model
 from hf_fda.data.rows import TaskRows
 from hf_fda.errors import RunError

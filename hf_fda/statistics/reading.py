@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_fda.blocks.capture import stream_weights
+from hf_fda.blocks.streamed import stream_weights
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import meta_model
 from hf_fda.checkpoint.view import View

@@ -236,6 +236,25 @@ class TestByItself:
         assert not plan.data and any("anchors alone" in note and "has tokenizer files" in note for note in plan.notes)
         assert not any("anchors alone" in note for note in self.plan(places, tmp_path, data="anchors").notes)
 
+    def test_a_tokenizer_that_is_not_the_models_is_no_reason_to_fail(self, tmp_path: Path) -> None:
+        places = family(tmp_path)
+        other = wordpiece(tmp_path / "more", [*WORDS, "fox", "dog"])
+        for place in places.values():
+            other.save_pretrained(place)
+        plan = self.plan(places, tmp_path)
+        assert not plan.data and any("anchors alone" in note and "'fox', 'dog'" in note for note in plan.notes)
+        with pytest.raises(InputError, match="not the model's; save"):
+            self.plan(places, tmp_path, data="synthetic")
+
+    def test_a_model_without_an_embedding_of_tokens_is_merged_on_anchors_alone(self, tmp_path: Path) -> None:
+        config = t.CanineConfig(**TEXT, max_position_embeddings=40, num_labels=2)
+        base = t.CanineForSequenceClassification(config).eval()
+        models = {"base": base, **{task: fine_tune(base, seed) for seed, task in enumerate(TASKS, 1)}}
+        tokenizer = wordpiece(tmp_path / "words", WORDS)
+        places = {name: str(save(tmp_path / name, model, tokenizer)) for name, model in models.items()}
+        plan = self.plan(places, tmp_path)
+        assert not plan.data and any("no embedding of tokens" in note for note in plan.notes)
+
     def test_nothing_is_drawn_from_what_an_earlier_document_makes(self, tmp_path: Path) -> None:
         places = family(tmp_path)
         first = {"name": "first", "merge_method": "linear", "models": [{"model": places[task]} for task in TASKS]}

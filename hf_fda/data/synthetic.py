@@ -16,7 +16,7 @@ from hf_fda.data.encoding import Taker, longest_text
 from hf_fda.data.processors import tokenizer_of
 from hf_fda.data.request import SYNTHETIC, Given, Reading
 from hf_fda.data.tables import TEXT, Row, Table
-from hf_fda.errors import InputError
+from hf_fda.errors import InputError, few
 from hf_fda.inputs import Inputs
 from hf_fda.randomness import random_stream
 
@@ -114,6 +114,7 @@ def draw_from(inputs: Inputs, source: AlignedSource, taker: Taker, given: Given,
             f"task (data={{'{source.name}': ...}}, --data {source.name}=...), or leave data out: 'fda' needs none"
         )
     tokenizer = tokenizer_of(inputs, source, reading.trust_remote_code)
+    _check_rows(inputs.base, source, tokenizer)
     limits = (given.max_length or reading.max_length, tokenizer.model_max_length, taker.limit)
     limit = min(own for own in limits if own is not None)
     assumed = not (reading.fetch or _here(inputs.base, source))
@@ -133,6 +134,22 @@ def draw_from(inputs: Inputs, source: AlignedSource, taker: Taker, given: Given,
     return Table(label, columns, None, first, read, {"path": SYNTHETIC}, assumed=assumed)
 
 
+def _check_rows(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer of other tokens than those that have an embedding.
+
+    Raises:
+        InputError: naming a token and the way out.
+    """
+    rows, special = base.shape(_name(base, _tokens(base)))[0], set(tokenizer.all_special_ids)
+    ids = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    beyond = [token for number, token in ids if number >= rows and number not in special]
+    if beyond:
+        raise InputError(
+            f"source '{source.name}': its tokenizer has tokens beyond the {rows} rows of the embedding "
+            f"({few(map(repr, beyond))}), so it is not the model's; save the model's own into its folder"
+        )
+
+
 def _row(tokens: list[int], tokenizer: PreTrainedTokenizerBase, pair: bool) -> Row:
     parts = [tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]] if pair else [tokens]
     texts = [tokenizer.decode(part) for part in parts]
@@ -140,9 +157,20 @@ def _row(tokens: list[int], tokenizer: PreTrainedTokenizerBase, pair: bool) -> R
 
 
 def _tokens(base: Checkpoint) -> str:
-    """The path of the embedding of tokens."""
+    """The path of the embedding of tokens.
+
+    Raises:
+        InputError: when the model has none, or several.
+    """
     model: Any = base.layout.model
-    return next(path for path, own in model.named_modules() if own is model.get_input_embeddings())
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    found = next((path for path, own in model.named_modules() if own is embedding), None)
+    if found is None or _name(base, found) not in base.names:
+        raise InputError(f"{type(model).__name__} has no embedding of tokens that could show what text it was tuned on")
+    return found
 
 
 def _here(base: Checkpoint, source: AlignedSource) -> bool:

@@ -163,6 +163,12 @@ def test_overlapping_units_are_refused(unit: tuple[str, ...]) -> None:
         find_units(layout_of("llama"), unit)
 
 
+def test_a_model_of_sounds_is_sent_to_other_methods() -> None:
+    config = t.Wav2Vec2Config(**TEXT, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    with pytest.raises(InputError, match=r"Wav2Vec2Model takes neither.*parameter-space"):
+        find_units(ModelLayout(config, t.Wav2Vec2Model), ("block",))
+
+
 def test_a_model_without_blocks_is_sent_to_other_methods() -> None:
     layout = ModelLayout(t.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]), t.ResNetModel)
     with pytest.raises(InputError, match=r"no repeated blocks.*parameter-space"):

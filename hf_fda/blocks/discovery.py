@@ -20,6 +20,9 @@ from hf_fda.merge_methods.fda import Family
 
 Region = Literal["before", "block", "after"]
 
+EMBEDDABLE = {"input_ids", "inputs_embeds", "pixel_values"}
+"""Arguments of a model's forward of which `example_inputs` are made; one of them has to be there."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -54,10 +57,10 @@ def _takes_hidden_states(module: nn.Module) -> bool:
 
 
 def require_blocks(layout: ModelLayout) -> tuple[str, ...]:
-    """As `find_blocks`.
+    """As `find_blocks`, of a model that can be run.
 
     Raises:
-        InputError: when the model has none.
+        InputError: when the model has none, or takes neither text nor images.
     """
     blocks = find_blocks(layout.model)
     if not layout.known:
@@ -67,6 +70,9 @@ def require_blocks(layout: ModelLayout) -> tuple[str, ...]:
         )
     if not blocks:
         raise InputError(f"{layout.model_class.__name__} has no repeated blocks; use a parameter-space method")
+    body: Any = layout.model.base_model
+    if not EMBEDDABLE & inspect.signature(body.forward).parameters.keys():
+        raise InputError(f"{type(body).__name__} takes neither text nor images; use a parameter-space method")
     return blocks
 
 
@@ -157,9 +163,6 @@ def example_inputs(
         tokens: number of tokens of a text.
         device: where to make them.
         embeds: give embedded text (random), so that no vocabulary is needed, where the model takes it.
-
-    Raises:
-        InputError: when the model takes neither text nor images.
     """
     takes = inspect.signature(model.forward).parameters
     config = model.config
@@ -178,8 +181,6 @@ def example_inputs(
             inputs[f"{side}inputs_embeds"] = values.repeat(batch, 1, 1).to(device)
         elif f"{side}input_ids" in takes:
             inputs[f"{side}input_ids"] = ids
-    if not inputs:
-        raise InputError(f"{type(model).__name__} takes neither text nor images; use a parameter-space method")
     if "use_cache" in takes:
         inputs["use_cache"] = not embeds  # a cache spares the decoder masks a look at values that meta cannot give
     return inputs

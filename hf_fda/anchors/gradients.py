@@ -123,7 +123,10 @@ def make_matcher(
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in gradients.items()}
     broken = [name for name, size in sizes.items() if not math.isfinite(size)]
     if broken:
-        raise RunError(f"the gradient of {few(broken)} is not finite; check the weights for infinities or NaN")
+        raise RunError(
+            f"the gradient of {few(broken)} is not finite; check the weights for infinities or NaN, or, where they are "
+            "sound, name parts of the blocks (such as unit='mlp') or use a parameter-space method"
+        )
     floor = NO_GRADIENT * max(sizes.values())
     used = {name: tasks[name].to(sample) for name in names if sizes[name] > floor}
     plain = (

@@ -108,7 +108,7 @@ def open_rows(data: Any, inputs: Inputs, config: MethodConfig, reading: Reading)
     if data is None:
         return {}
     assert isinstance(config, RowsConfig)
-    own = replace(reading, rows=config.rows, max_length=config.max_length)
+    own = replace(reading, rows=config.rows, max_length=config.max_length, compared=config.compares)
     return open_data(data, inputs, own, of_all=config.data == "must")
 
 

@@ -236,6 +236,19 @@ class TestByItself:
         assert not plan.data and any("anchors alone" in note and "has tokenizer files" in note for note in plan.notes)
         assert not any("anchors alone" in note for note in self.plan(places, tmp_path, data="anchors").notes)
 
+    @pytest.mark.parametrize("head", ["", "ForQuestionAnswering"])
+    def test_a_model_whose_outputs_cannot_be_compared_is_merged_on_rows_too(self, head: str, tmp_path: Path) -> None:
+        places = family(tmp_path)
+        for place in places.values():
+            getattr(t, f"Bert{head or 'Model'}").from_pretrained(place).save_pretrained(place)
+        sources = {task: places[task] for task in TASKS}
+        merged = hf_fda.merge(places["base"], sources, output=tmp_path / "merged", rows=8, quiet=True)
+        assert list(merged.tasks) == list(TASKS if head else ())
+        again = hf_fda.merge_config(merged.folder / "merge_config.yaml", output=tmp_path / "again", quiet=True)
+        assert read(merged.folder) == read(again.folder)
+        with pytest.raises(InputError, match="cannot be compared"):
+            hf_fda.plan(places["base"], sources, "divmerge", tmp_path / "other", data="synthetic")
+
     def test_a_tokenizer_that_is_not_the_models_is_no_reason_to_fail(self, tmp_path: Path) -> None:
         places = family(tmp_path)
         other = wordpiece(tmp_path / "more", [*WORDS, "fox", "dog"])

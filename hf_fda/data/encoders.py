@@ -37,14 +37,18 @@ class Chosen:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
-def taker_of(source: AlignedSource) -> Taker:
+def taker_of(source: AlignedSource, compared: bool = True) -> Taker:
     """What takes the rows of a source.
+
+    Args:
+        source: the source.
+        compared: whether its outputs are compared on the rows, and not hidden states alone.
 
     Raises:
         InputError: when its outputs cannot be compared on rows.
     """
     layout, label = source.checkpoint.layout, f"source '{source.name}'"
-    return Taker.of(layout, form_of(layout, f"{label} ({source.checkpoint.id})"), label)
+    return Taker.of(layout, form_of(layout, f"{label} ({source.checkpoint.id})", compared), label)
 
 
 def choose_encoder(

@@ -13,9 +13,9 @@ from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.data.rows import Kind
 from hf_fda.errors import InputError
 
-Head = Literal["classes", "words", "causal", "masked", "seq2seq"]
+Head = Literal["classes", "words", "causal", "masked", "seq2seq", "none"]
 """What is predicted: something of a whole row, a label of each token, the next token, the token itself, the next
-token of another text."""
+token of another text, or nothing that can be compared between models."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ TAKES: dict[str, Literal["text", "image"]] = {"input_ids": "text", "pixel_values
 """What models take in, by the name of their forward's main argument."""
 
 
-def form_of(layout: ModelLayout, label: str) -> Form:
+def form_of(layout: ModelLayout, label: str, compared: bool = True) -> Form:
     """The form of a source's rows.
 
     Args:
         layout: the source's.
         label: what to call it in errors.
+        compared: whether outputs are compared on the rows, and not hidden states alone.
 
     Raises:
         InputError: when its outputs are no distribution that can be compared between models.
@@ -58,6 +59,8 @@ def form_of(layout: ModelLayout, label: str) -> Form:
             "trust_remote_code=True if it comes with code that you trust, or use a method that needs no data"
         )
     head, takes = _head(layout), TAKES.get(layout.model.main_input_name)
+    if head is None and takes is not None and not (compared or layout.config.is_encoder_decoder):
+        return Form(takes, "none", "states")
     if head is None or takes is None or (takes == "image" and head != "classes"):
         raise InputError(
             f"{label} is a {name}, whose outputs cannot be compared on rows of data: that takes a model of text or "

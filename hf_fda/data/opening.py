@@ -192,7 +192,7 @@ def _matched(data: Any, inputs: Inputs, of_all: bool) -> dict[str, Given]:
 
 
 def _open(inputs: Inputs, source: AlignedSource, given: Given, reading: Reading) -> tuple[OpenedData, Chosen]:
-    taker = taker_of(source)
+    taker = taker_of(source, reading.compared)
     if given.synthetic:
         given = replace(given, rows=given.rows or min(reading.rows or DRAWN, DRAWN))
         table = draw_from(inputs, source, taker, given, reading)

@@ -30,7 +30,8 @@ class Reading:
     `rows` is the most rows of a task (None: all): a sample by `seed` of those that can be counted, in their own order,
     and the first ones of a stream. `max_length` is the most tokens of a text, or the model's own maximum where that is
     less; what is longer is cut by the tokenizer, as a rule at its end. Without `fetch` no weights are downloaded for
-    rows that are drawn from them: until they are here, it is assumed that they show some text.
+    rows that are drawn from them: until they are here, it is assumed that they show some text. Unless outputs are
+    `compared` on the rows, a source needs no head.
     """
 
     rows: int | None = None
@@ -38,6 +39,7 @@ class Reading:
     seed: int = 0
     trust_remote_code: bool = False
     fetch: bool = True
+    compared: bool = True
 
     def __post_init__(self) -> None:
         if self.rows is not None:

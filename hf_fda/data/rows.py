@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["labels", "flags", "values", "tokens"]
+Kind = Literal["labels", "flags", "values", "tokens", "states"]
 """What a model's logits mean: a distribution over the labels of a row, one yes or no for each label, plain values
-(a regression), or a distribution at each position (over tokens, or the labels of tokens)."""
+(a regression), or a distribution at each position (over tokens, or the labels of tokens); "states" has none."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ class RowsConfig(MethodConfig):
     """Options of every method that looks at rows of data. Nothing of them is a label."""
 
     data: ClassVar[LooksAt] = "must"
+    compares: ClassVar[bool] = True
+    """Whether outputs are compared on the rows, and not hidden states alone."""
 
     rows: int | None = option(
         1000, "rows of a task at most: a sample by the seed, the first ones of a stream; none: all", minimum=1

@@ -16,6 +16,8 @@ from hf_fda.merge_methods.registry import method_class
 class UnitwiseConfig(RowsConfig):
     """Options of every method that merges units as wholes, from a start in parameter space."""
 
+    compares: ClassVar[bool] = False
+
     start: ClassVar[str] = "base"
     """Whose options those are that the method itself does not have, where `initial` is open."""
 

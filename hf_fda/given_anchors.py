@@ -10,7 +10,7 @@ from hf_fda.anchors.container import FunctionalDualAnchors
 from hf_fda.anchors.files import describe
 from hf_fda.anchors.rest import WithRest
 from hf_fda.blocks import Unit, find_units
-from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.interface import here
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.checkpoint.likeness import likeness
 from hf_fda.errors import InputError
@@ -67,8 +67,8 @@ def check_given(inputs: Inputs, units: Sequence[Unit]) -> None:
 
 def check_base(inputs: Inputs, force: bool, fetch: bool = False) -> None:
     """Refuse given anchors that were constructed on another revision of the base, told by a little of every tensor of
-    its blocks; a base on the Hub is not fetched for it before the merge begins, and its commit settles it where it is
-    the same.
+    its blocks; a base that is still on the Hub is not fetched for it before the merge begins, and its commit settles it
+    where it is the same.
 
     Args:
         inputs: base and sources.
@@ -78,7 +78,7 @@ def check_base(inputs: Inputs, force: bool, fetch: bool = False) -> None:
     Raises:
         InputError: naming the source and both bases.
     """
-    if force or (_remote(inputs.base) and not fetch):
+    if force or not (fetch or here(inputs.base)):
         return
     alike: dict[tuple[str, ...], str] = {}
     for source in inputs.sources:
@@ -97,11 +97,6 @@ def check_base(inputs: Inputs, force: bool, fetch: bool = False) -> None:
                 f"'{theirs}', and not on '{pinned(inputs.base.id, inputs.base.commit)}'; merge them on that one, or "
                 "all the same with force=True (--force)"
             )
-
-
-def _remote(checkpoint: Checkpoint) -> bool:
-    """Whether reading a tensor may have to fetch files."""
-    return any(own.location is not None and own.location.folder is None for own in checkpoint.origins)
 
 
 def with_rests(inputs: Inputs) -> Inputs:

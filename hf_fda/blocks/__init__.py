@@ -10,6 +10,7 @@ from hf_fda.blocks.discovery import (
     make_unit,
     regions,
     require_blocks,
+    token_table,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "make_unit",
     "regions",
     "require_blocks",
+    "token_table",
 ]

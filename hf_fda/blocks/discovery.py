@@ -186,13 +186,22 @@ def example_inputs(
     return inputs
 
 
+def token_table(model: PreTrainedModel) -> tuple[str, Tensor] | None:
+    """The embedding of tokens: its path in the model and its weight (tokens, width); None where there is no single one
+    (of an image, or of characters by several hashes)."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # the library's word for a model that has none
+        return None
+    path = next((path for path, module in model.named_modules() if module is table), None)
+    weight = getattr(table, "weight", None)
+    return (path, weight) if path is not None and isinstance(weight, Tensor) else None
+
+
 def _embedding_size(model: PreTrainedModel) -> int:
     """The width of embedded text, which a model may project to that of its blocks."""
-    try:
-        table: Any = model.get_input_embeddings()
-        return int(table.weight.shape[-1])
-    except (NotImplementedError, AttributeError):  # no table, or several
-        return int(model.config.get_text_config().hidden_size)
+    table = token_table(model)
+    return int(model.config.get_text_config().hidden_size) if table is None else table[1].shape[-1]
 
 
 def _pair(size: Any) -> tuple[int, int]:

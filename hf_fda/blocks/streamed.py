@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_fda.blocks.discovery import find_blocks
 from hf_fda.checkpoint.layout import ModelLayout
 
-SMALL = 1 << 24
+SMALL = 1 << 20
 """Entries of a module's weights up to which it holds them while a model runs."""
 
 

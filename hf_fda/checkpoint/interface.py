@@ -144,3 +144,8 @@ class ReadCheckpoint(ABC):
     def rank(self, name: str) -> int | None:
         """As `Checkpoint.rank`: none is known."""
         return None
+
+
+def here(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's weights are in memory or on this disk, so that reading them downloads nothing."""
+    return all(own.location is None or own.location.here for own in checkpoint.origins)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hf_fda.blocks import token_table
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.checkpoint.interface import Checkpoint
+from hf_fda.checkpoint.interface import Checkpoint, here
 from hf_fda.data.encoding import Taker, longest_text
 from hf_fda.data.processors import tokenizer_of
 from hf_fda.data.request import SYNTHETIC, Given, Reading
@@ -56,11 +57,14 @@ class Seen:
         return cls(weights, min(USUAL, limit), False)
 
 
-def seen_by(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokenizerBase, limit: int) -> Seen:
+def seen_by(
+    base: Checkpoint, tokens: str, source: AlignedSource, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Seen:
     """What a source's embeddings show.
 
     Args:
         base: the base.
+        tokens: path of its embedding of tokens.
         source: a fine-tune of it that takes text.
         tokenizer: of its text.
         limit: tokens of a text at most.
@@ -69,7 +73,6 @@ def seen_by(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokeni
         InputError: when the source's token embeddings are the base's.
     """
     model: Any = base.layout.model
-    tokens = _tokens(base)
     shift = _shift(base, source, tokens)
     if shift is not None:
         shift[len(tokenizer) :] = 0
@@ -114,11 +117,13 @@ def draw_from(inputs: Inputs, source: AlignedSource, taker: Taker, given: Given,
             f"task (data={{'{source.name}': ...}}, --data {source.name}=...), or leave data out: 'fda' needs none"
         )
     tokenizer = tokenizer_of(inputs, source, reading.trust_remote_code)
-    _check_rows(inputs.base, source, tokenizer)
+    tokens = _tokens(inputs.base)
+    _check_rows(inputs.base, tokens, source, tokenizer)
     limits = (given.max_length or reading.max_length, tokenizer.model_max_length, taker.limit)
     limit = min(own for own in limits if own is not None)
-    assumed = not (reading.fetch or _here(inputs.base, source))
-    seen = Seen.assumed(tokenizer, limit) if assumed else seen_by(inputs.base, source, tokenizer, limit)
+    told = not source.may_move(_name(inputs.base, tokens))  # without any weights
+    assumed = not (reading.fetch or told or (here(inputs.base) and here(source.checkpoint)))
+    seen = Seen.assumed(tokenizer, limit) if assumed else seen_by(inputs.base, tokens, source, tokenizer, limit)
     longest = max(SHORTEST, seen.longest - tokenizer.num_special_tokens_to_add(pair=seen.pairs))
 
     def read(most: int | None, stream: torch.Generator) -> list[Row]:
@@ -134,15 +139,15 @@ def draw_from(inputs: Inputs, source: AlignedSource, taker: Taker, given: Given,
     return Table(label, columns, None, first, read, {"path": SYNTHETIC}, assumed=assumed)
 
 
-def _check_rows(base: Checkpoint, source: AlignedSource, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_rows(base: Checkpoint, tokens: str, source: AlignedSource, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer of other tokens than those that have an embedding.
 
     Raises:
         InputError: naming a token and the way out.
     """
-    rows, special = base.shape(_name(base, _tokens(base)))[0], set(tokenizer.all_special_ids)
-    ids = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    beyond = [token for number, token in ids if number >= rows and number not in special]
+    rows, special = base.shape(_name(base, tokens))[0], set(tokenizer.all_special_ids)
+    ids = tokenizer.get_vocab()
+    beyond = sorted((token for token, own in ids.items() if own >= rows and own not in special), key=ids.__getitem__)
     if beyond:
         raise InputError(
             f"source '{source.name}': its tokenizer has tokens beyond the {rows} rows of the embedding "
@@ -162,23 +167,11 @@ def _tokens(base: Checkpoint) -> str:
     Raises:
         InputError: when the model has none, or several.
     """
-    model: Any = base.layout.model
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        embedding = None
-    found = next((path for path, own in model.named_modules() if own is embedding), None)
-    if found is None or _name(base, found) not in base.names:
+    model = base.layout.model
+    table = token_table(model)
+    if table is None or _name(base, table[0]) not in base.names:
         raise InputError(f"{type(model).__name__} has no embedding of tokens that could show what text it was tuned on")
-    return found
-
-
-def _here(base: Checkpoint, source: AlignedSource) -> bool:
-    """Whether nothing has to be downloaded to see what a source's embeddings show."""
-    if not source.may_move(_name(base, _tokens(base))):
-        return True
-    places = [own.location for checkpoint in (base, source.checkpoint) for own in checkpoint.origins]
-    return all(place is None or place.here for place in places)
+    return table[0]
 
 
 def _name(base: Checkpoint, path: str) -> str:

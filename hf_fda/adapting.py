@@ -116,9 +116,7 @@ def _on_states(
     """What a unit shall match on rows, for the sources that move it, from the base's unit."""
     examples = []
     for lesson in lessons:
-        tuned, own = builder.load(lesson.source.read, unit), lesson.own.to(builder.device)
-        merged = None if lesson.merged is None else lesson.merged.to(builder.device)
-        found = shown(module, tuned, own, merged, _power(config))
+        found = shown(module, builder.load(lesson.source.read, unit), lesson.to(builder.device), _power(config))
         vectors.note_move(lesson.source.name, partial(bool, found is not None))
         if found is not None:
             examples.append(found)

@@ -4,6 +4,7 @@ of data, then units adapted to them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.preparing.propagated import Propagated
 from hf_fda.preparing.units import UnitPreparation
+from hf_fda.randomness import random_stream
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.states.lessons import Lesson
-from hf_fda.states.pieces import Recordings
+from hf_fda.states.pieces import Recordings, path_in
+from hf_fda.statistics.sensitivity import Sensitivity, sensitivity
 from hf_fda.store import key_of
 from hf_fda.version import versions
 
@@ -91,9 +94,15 @@ class AnchorPreparation(UnitPreparation):
         return Piece(f"adapt {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make)
 
     def _lesson(self, source: AlignedSource, unit: Unit) -> Lesson:
-        if self.plan.propagates:
-            return self.propagated.lesson(source, unit)
-        return Lesson(source, self.recordings.of(source.name, unit))
+        if not self.plan.propagates:
+            return Lesson(source, self.recordings.of(source.name, unit))
+        lesson = self.propagated.lesson(source, unit)
+        return replace(lesson, read=self._read(source, unit)) if unit.block == self.units[-1].block else lesson
+
+    def _read(self, source: AlignedSource, unit: Unit) -> Sensitivity | None:
+        """What of a unit's outputs a source's answers depend on: of all of it before the last block."""
+        stream = random_stream(self.plan.seed, "answers", source.name)
+        return sensitivity(source, path_in(source, unit), self.run.rows(source.name), self.plan.device, stream)
 
     def unit_key(self, unit: Unit) -> str:
         """As `UnitPreparation.unit_key`."""

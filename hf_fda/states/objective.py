@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_fda.anchors.distance import distance
-from hf_fda.anchors.metric import shift_metric
+from hf_fda.anchors.metric import read_metric, shift_metric
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import AdaptationDistance
-from hf_fda.states.unit_states import Ragged, UnitStates
+from hf_fda.states.lessons import Lesson
+from hf_fda.states.unit_states import Ragged
+from hf_fda.statistics.sensitivity import Sensitivity
 
 FORWARD = 32
 """Rows, of about the same length, that run together where nothing is learned."""
@@ -65,30 +67,41 @@ def outputs(module: nn.Module, inputs: Ragged, call: UnitCall) -> Ragged:
     return Ragged.of(torch.cat(values)[in_order], inputs.real)
 
 
-def shown(
-    base: nn.Module, source: nn.Module, own: UnitStates, merged: UnitStates | None, power: float | None
-) -> Examples | None:
+def shown(base: nn.Module, source: nn.Module, lesson: Lesson, power: float | None) -> Examples | None:
     """The examples of one source on real hidden states; None where it does there what the base does.
 
     Args:
         base: the base's unit, which gives the shift.
         source: the source's unit.
-        own: hidden states of the source, on the device of both.
-        merged: the merged model's on the same rows, to which the answers shall be the same; None: to the source's own.
+        lesson: on the device of both.
         power: of the metric of distance "shift" (`shift_metric`); None for another distance.
     """
-    found = matched(base, own.inputs, own.call, outputs(source, own.inputs, own.call), power)
-    if found is None or merged is None:
+    own = lesson.own
+    found = matched(base, own.inputs, own.call, outputs(source, own.inputs, own.call), power, lesson.read)
+    if found is None or lesson.merged is None:
         return found
-    return Examples(merged.inputs, found.targets, merged.call, found.factor)
+    return Examples(lesson.merged.inputs, found.targets, lesson.merged.call, found.factor)
 
 
-def matched(base: nn.Module, inputs: Ragged, call: UnitCall, targets: Ragged, power: float | None) -> Examples | None:
-    """As `shown`, where the targets are known."""
-    shift = targets.values[:-1] - outputs(base, inputs, call).values[:-1]
+def matched(
+    base: nn.Module,
+    inputs: Ragged,
+    call: UnitCall,
+    targets: Ragged,
+    power: float | None,
+    read: Sensitivity | None = None,
+) -> Examples | None:
+    """As `shown`, where the targets are known. What the source's answers do not depend on is not matched."""
+    before = outputs(base, inputs, call)
+    if read is not None:
+        before, targets = before.only(read.positions), targets.only(read.positions)
+    shift = targets.values[:-1] - before.values[:-1]
     if not bool(shift.any()):
         return None
-    return Examples(inputs, targets, call, None if power is None else shift_metric(shift, power))
+    factor = None if power is None else shift_metric(shift, power)
+    if factor is not None and read is not None:
+        factor = read_metric(factor, shift, read.fisher)
+    return Examples(inputs, targets, call, factor)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class Ragged:
         """Which positions of some rows are real, as `at`."""
         return self.places[rows, :positions] != self.count
 
+    def only(self, chosen: Tensor) -> Ragged:
+        """The vectors at those of the real positions that are chosen, (n, T)."""
+        kept = self.real & chosen.to(self.places.device)
+        return Ragged.of(self.values[self.places[kept]], kept)
+
     def to(self, device: torch.device) -> Ragged:
         """The same on a device."""
         return Ragged(self.values.to(device), self.places.to(device))

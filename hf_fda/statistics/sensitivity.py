@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fda.checkpoint.alignment import AlignedSource
-from hf_fda.data.rows import TaskRows
+from hf_fda.data.rows import Kind, TaskRows
 from hf_fda.divergence.task_models import logits_of
 from hf_fda.statistics.likelihood import directions
 from hf_fda.statistics.reading import streamed_model
@@ -51,21 +51,25 @@ def sensitivity(
     given: list[Tensor] = []
     model.get_submodule(path).register_forward_hook(_cutter(given))
     read: dict[int, Tensor] = {}
-    fisher: Tensor | float = 0.0
+    fisher: Tensor | None = None
     for numbers, batch in rows.batches(TOGETHER):
         logits = logits_of(model, batch.to(device))
-        own = [directions(row, rows.kind, None, generator) for row in logits.split(1)]
-        most = max(map(len, own))
-        along = [torch.cat([one[k] if k < len(one) else torch.zeros_like(one[0]) for one in own]) for k in range(most)]
-        gradients = torch.stack([_gradient(logits, given[-1], direction) for direction in along])
+        hidden = given.pop()
+        gradients = torch.stack([_gradient(logits, hidden, own) for own in _along(logits, rows.kind, generator)])
         read |= dict(zip(numbers, (gradients != 0).any(0).any(-1).cpu(), strict=True))
         flat = gradients.flatten(0, -2)
-        fisher = fisher + flat.mT @ flat / len(rows)
-        given.clear()
-    assert isinstance(fisher, Tensor)
-    if not bool(fisher.any()):
+        here = flat.mT @ flat / len(rows)
+        fisher = here if fisher is None else fisher + here
+    if fisher is None or not bool(fisher.any()):
         return None
     return Sensitivity(nn.utils.rnn.pad_sequence([read[row] for row in range(len(rows))], batch_first=True), fisher)
+
+
+def _along(logits: Tensor, kind: Kind, generator: torch.Generator) -> list[Tensor]:
+    """Of the logits of rows (b, C) the directions of each, as `directions`, the k-th of all rows together."""
+    own = [directions(row, kind, None, generator) for row in logits.split(1)]
+    none = torch.zeros_like(logits[:1])
+    return [torch.cat([one[k] if k < len(one) else none for one in own]) for k in range(max(map(len, own)))]
 
 
 def _gradient(logits: Tensor, hidden: Tensor, direction: Tensor) -> Tensor:

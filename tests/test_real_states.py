@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import hf_fda
+from hf_fda import adapting
 from hf_fda.anchors import Objective
 from hf_fda.anchors.adaptation import mean_distance
 from hf_fda.anchors.coefficients import Combined, UnitProblem, learn_coefficients
@@ -27,7 +28,7 @@ from hf_fda.data.rows import TaskRows
 from hf_fda.engine import run
 from hf_fda.errors import InputError, RunError
 from hf_fda.prediction import Speed, predict
-from hf_fda.states import StatesRecorder, UnitStates
+from hf_fda.states import StatesRecorder, UnitStates, objective
 from hf_fda.states.files import read_states, save_states
 from hf_fda.states.objective import Examples, StatesObjective, alike, outputs
 from hf_fda.states.recording import companions, parts_of_rows
@@ -283,6 +284,29 @@ def test_learning_brings_the_merged_model_nearer_to_its_sources(
         return total
 
     assert apart(40) < 0.8 * apart(0)
+
+
+@pytest.mark.parametrize("method", ["fda", "fda propagated"])
+def test_the_last_of_blocks_that_follow_each_other_is_matched_on_what_heads_read(
+    method: str, classifiers: Classifiers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Examples] = []
+
+    def noted(*given: Any) -> Examples | None:
+        found = objective.shown(*given)
+        assert found is not None
+        seen.append(found)
+        return found
+
+    monkeypatch.setattr(adapting, "shown", noted)
+    merge(classifiers, tmp_path / "out", method)
+    *before, one, two, three = seen  # the last block's, of three sources
+    assert all(torch.equal(own.targets.real, own.inputs.real) for own in before)
+    for own in (one, two, three):
+        if method == "fda":
+            assert torch.equal(own.targets.real, own.inputs.real)
+        else:
+            assert own.targets.real[:, 0].all() and not own.targets.real[:, 1:].any()
 
 
 def test_without_mixing_no_anchors_are_constructed(classifiers: Classifiers, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 FLOOR = 0.01
 """What an error counts in a direction in which the source did not move, against the one in which it moved most."""
 
-
 READ = 0.9
 """The part of a metric that counts errors by what they change of a source's answers."""
 

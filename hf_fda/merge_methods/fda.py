@@ -110,8 +110,8 @@ class FDAConfig(UnitwiseConfig):
     )
     adaptation_distance: AdaptationDistance | None = option(
         None,
-        "distance of a block's outputs in adaptation; shift: squared, in the metric of the source's own shift; "
-        "by kind of model",
+        "distance of a block's outputs in adaptation; shift: squared, in the metric of the source's own shift (of the "
+        "last block, where propagated, by nine tenths of what it changes of the source's answers); by kind of model",
     )
     interpolation: float | None = option(
         None,

@@ -75,8 +75,9 @@ def _examples(base: Checkpoint, unit: Unit, config: DistillConfig, lesson: Lesso
 
     The metric of "shift" is of the source's shift from the base on the source's own hidden states.
     """
-    assert lesson.merged is not None
-    own, merged = lesson.own.to(device), lesson.merged.to(device)
+    there = lesson.to(device)
+    own, merged = there.own, there.merged
+    assert merged is not None
     targets = outputs(load_unit(base.layout, lesson.source.read, unit, device), own.inputs, own.call)
     if config.distance != "shift":
         return Examples(merged.inputs, targets, merged.call)

@@ -19,6 +19,7 @@ from hf_fda.checkpoint.alignment import AlignedSource, align
 from hf_fda.checkpoint.reader import open_checkpoint
 from hf_fda.data.rows import Kind, TaskRows
 from hf_fda.states.unit_states import Ragged
+from hf_fda.statistics import passes
 from hf_fda.statistics.sensitivity import Sensitivity, sensitivity
 
 CPU = torch.device("cpu")
@@ -59,8 +60,11 @@ def classifier(config: Any, **options: Any) -> Any:
         (GPT2, {}, "last"),
     ],
 )
-def test_positions_are_those_that_the_head_reads(config: Any, options: Any, which: str, tmp_path: Path) -> None:
-    rows = text_rows("one", "labels", count=40)  # of different lengths, in two batches
+def test_positions_are_those_that_the_head_reads(
+    config: Any, options: Any, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "TOKENS", 100)
+    rows = text_rows("one", "labels", count=40)  # of different lengths, in several batches
     read = found(source_of(classifier(config, **options), tmp_path), rows)
     assert read is not None
     for number, row in enumerate(rows.inputs):

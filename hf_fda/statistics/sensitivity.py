@@ -13,10 +13,8 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.data.rows import Kind, TaskRows
 from hf_fda.divergence.task_models import logits_of
 from hf_fda.statistics.likelihood import directions
+from hf_fda.statistics.passes import batch_size
 from hf_fda.statistics.reading import streamed_model
-
-TOGETHER = 32
-"""Rows that run together."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def sensitivity(
     model.get_submodule(path).register_forward_hook(_cutter(given))
     read: dict[int, Tensor] = {}
     fisher: Tensor | None = None
-    for numbers, batch in rows.batches(TOGETHER):
+    for numbers, batch in rows.batches(batch_size(rows)):
         logits = logits_of(model, batch.to(device))
         hidden = given.pop()
         gradients = torch.stack([_gradient(logits, hidden, own) for own in _along(logits, rows.kind, generator)])

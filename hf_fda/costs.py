@@ -131,8 +131,9 @@ class Shown:
     vectors: int = 0
 
 
-def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
-    """All steps of constructing one unit's anchors for one source (it may stop earlier, by `patience`)."""
+def construction(base: Checkpoint, config: FDAConfig, unit: Unit, together: int = 1) -> Work:
+    """All steps of constructing one unit's anchors for one source (it may stop earlier, by `patience`), where so many
+    units run together."""
     tokens, steps = (config.num_anchors or 0) * tokens_of(base, config), config.steps or 0
     parameters = 4 * sum(prod(base.layout.shapes[name]) for name in unit.tensors)
     activations = 4 * tokens * outputs(base, unit.tensors)
@@ -140,7 +141,7 @@ def construction(base: Checkpoint, config: FDAConfig, unit: Unit) -> Work:
         flops=steps * STEP_PRODUCTS * 2 * tokens * active_entries(base, unit.tensors),
         moved=steps * (STEP_PASSES * parameters + STEP_ACTIVATION_PASSES * activations),
         files=2 * parameters + 2 * 4 * tokens * width(base),
-        calls=steps * STEP_CALLS * len(unit.tensors),
+        calls=steps * STEP_CALLS * len(unit.tensors) / together,
     )
 
 

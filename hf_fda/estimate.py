@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_fda.adapters import adapter_of
 from hf_fda.adapters.targets import AdapterPlan, Target
+from hf_fda.anchors.grouping import construction_bytes, group_units
 from hf_fda.blocks import Unit
 from hf_fda.costs import outputs, tokens_of, width
 from hf_fda.divergence.footprint import KEPT, learning_bytes
@@ -31,7 +32,8 @@ def peak_memory_bytes(plan: Plan) -> int:
     writing = [Footprint(inputs, plan.result, plan.dtype).peak(shard) for shard in plan.shards]
     stages = writing if plan.adapter is None else [_factor_stage(inputs, plan.adapter)]
     if plan.anchoring is not None and plan.constructions:
-        stages += [construction_bytes(inputs, plan.anchoring, unit) for unit in plan.units]
+        groups = group_units(inputs.base, plan.anchoring, plan.units, plan.device)
+        stages += [construction_bytes(inputs.base, plan.anchoring, group[0], len(group)) for group in groups]
     if isinstance(plan.config, UnitwiseConfig):
         stages += _unit_stages(plan, plan.config)
     elif isinstance(plan.config, LearnedConfig) and plan.anchoring is not None:
@@ -107,14 +109,6 @@ def factor_entries(shape: tuple[int, ...], rank: int) -> int:
     if len(shape) == 3:
         return shape[0] * rank * (shape[1] + shape[2])
     return rank * (shape[0] + prod(shape[1:]))
-
-
-def construction_bytes(inputs: Inputs, config: FDAConfig, unit: Unit) -> int:
-    """Base, source and task vector in float32; gradients and their graph, in which each linear output has beside it
-    those of norms, of attention (keys and values once for each head) and of activations; the float64 look at a few
-    anchors."""
-    entries = _entries(inputs, unit.tensors)
-    return entries * 4 * 13 + _activations(inputs, config, unit) * 4 * 16
 
 
 def adaptation_bytes(

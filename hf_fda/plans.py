@@ -71,8 +71,7 @@ class Plan:
     @property
     def constructions(self) -> tuple[tuple[Source, Unit], ...]:
         """The (source, unit) pairs whose anchors have to be constructed."""
-        made = [source.name for source in self.anchors_made]
-        return tuple((source, unit) for unit in self.units for source in self.sources_of(unit) if source.name in made)
+        return tuple((source, unit) for source in self.anchors_made for unit in self.units_of(source))
 
     @property
     def anchors_made(self) -> tuple[Source, ...]:

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 import torch
 
 from hf_fda import costs
+from hf_fda.anchors.grouping import group_units
 from hf_fda.anchors.precision import matmul_precision
 from hf_fda.anchors.products import product
 from hf_fda.blocks import Unit
@@ -98,12 +99,8 @@ def predict(plan: Plan, processes: int) -> Prediction:
     with _threads(processes):
         precision = plan.anchoring.precision if plan.anchoring is not None else None
         speed = measure_speed(plan.device, _shape(plan), precision)
-    constructing: list[float] = []
+    constructing = _constructing(plan, plan.anchoring, speed) if plan.anchoring is not None else []
     adapting: list[float] = []
-    for _, unit in plan.constructions:
-        assert plan.anchoring is not None
-        work = costs.construction(inputs.base, plan.anchoring, unit)
-        constructing.append(speed.seconds(work, CONSTRUCTION_EFFICIENCY))
     if isinstance(config, UnitwiseConfig):
         for before, unit in enumerate(plan.units):
             adapting.append(speed.seconds(_matching(plan, config, unit, before), ADAPTATION_EFFICIENCY))
@@ -111,6 +108,15 @@ def predict(plan: Plan, processes: int) -> Prediction:
     matching = 1 if plan.propagates else processes  # one after the other
     stages = (constructing, processes), (adapting, matching), (writing, processes)
     return Prediction(processes, *(makespan(seconds, count) for seconds, count in stages))
+
+
+def _constructing(plan: Plan, config: FDAConfig, speed: Speed) -> list[float]:
+    """Seconds of constructing anchors, by the units that one process constructs together."""
+    base, found = plan.inputs.base, []
+    for group in group_units(base, config, plan.units, plan.device):
+        each = costs.construction(base, config, group[0], len(group))
+        found += [len(group) * speed.seconds(each, CONSTRUCTION_EFFICIENCY)] * len(plan.anchors_made)
+    return found
 
 
 def _matching(plan: Plan, config: UnitwiseConfig, unit: Unit, before: int) -> Work:

@@ -19,7 +19,7 @@ class Piece:
 
     `label` says what it is; `file` is made, under the key `key`; `cost` is compared with that of other pieces only;
     `make` does the work and gives what writes the file and says its hash. It is also finished where the same lies in
-    `elsewhere`.
+    `elsewhere`. Pieces of one `group`, where they have one, share work, and one process does them.
     """
 
     label: str
@@ -28,29 +28,39 @@ class Piece:
     cost: float
     make: Callable[[], Callable[[Path], str]]
     elsewhere: tuple[str, ...] = ()
+    group: str | None = None
 
     def finished(self, store: Store) -> bool:
         """Whether the file is there, undamaged and made from the same; reads it whole."""
         return any(store.finished(place, self.key) for place in (self.file, *self.elsewhere))
 
 
-def assign(costs: Sequence[float], processes: int) -> list[int]:
+def assign(costs: Sequence[float], processes: int, groups: Sequence[object] | None = None) -> list[int]:
     """Who does what: longest first, each to the process that has least to do; the same everywhere.
 
     >>> assign([3, 1, 1, 1, 2], 2)
     [0, 1, 0, 1, 1]
+    >>> assign([3, 1, 1, 1, 2], 2, ["a", None, "b", "b", "b"])
+    [1, 1, 0, 0, 0]
 
     Args:
         costs: of the pieces, in any unit.
         processes: how many there are.
+        groups: what each piece belongs to, all of which goes to one process; None: a piece of its own.
 
     Returns:
         for each piece its process.
     """
+    members: dict[object, list[int]] = {}
+    for number, group in enumerate(groups or [None] * len(costs)):
+        members.setdefault(("alone", number) if group is None else ("group", group), []).append(number)
+    totals = [(sum(costs[number] for number in pieces), pieces) for pieces in members.values()]
     load, owners = [0.0] * processes, [0] * len(costs)
-    for piece in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
-        owners[piece] = min(range(processes), key=lambda process: (load[process], process))
-        load[owners[piece]] += costs[piece]
+    for cost, pieces in sorted(totals, key=lambda item: (-item[0], item[1])):
+        owner = min(range(processes), key=lambda process: (load[process], process))
+        load[owner] += cost
+        for number in pieces:
+            owners[number] = owner
     return owners
 
 
@@ -69,7 +79,7 @@ def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, te
     unfinished = [piece for piece, done in zip(pieces, finished, strict=True) if not done]
     for _ in range(len(pieces) - len(unfinished)):
         progress.finish("what an earlier run finished")
-    owners = assign([piece.cost for piece in unfinished], team.count)
+    owners = assign([piece.cost for piece in unfinished], team.count, [piece.group for piece in unfinished])
     _make([piece for piece, owner in zip(unfinished, owners, strict=True) if owner == team.rank], store, progress)
     others = [piece for piece, owner in zip(unfinished, owners, strict=True) if owner != team.rank]
     if others:

@@ -36,7 +36,7 @@ from hf_fda.analysis import (
 )
 from hf_fda.analysis.losses import loss_of
 from hf_fda.analysis.moves import Bought, Move
-from hf_fda.anchors.construction import induced_gradients
+from hf_fda.anchors.gradients import induced_gradients
 from hf_fda.blocks import UnitCall
 from hf_fda.divergence.measures import Target
 from hf_fda.errors import InputError

@@ -14,14 +14,9 @@ from conftest import fine_tune, make_model
 from torch import Tensor, nn
 
 from hf_fda.anchors import CoefficientAdam, Moves, Objective, adapt_unit, construct_unit
-from hf_fda.anchors.construction import (
-    gradient_cosines,
-    induced_gradients,
-    matched_parameters,
-    stalled,
-    task_vectors,
-)
+from hf_fda.anchors.descent import stalled
 from hf_fda.anchors.distance import distance
+from hf_fda.anchors.gradients import find_matched, gradient_cosines, induced_gradients, task_vectors
 from hf_fda.anchors.initialization import initial_anchors, sample_rows
 from hf_fda.anchors.metric import shift_metric
 from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
@@ -318,7 +313,7 @@ def test_a_loss_has_stalled_when_it_fell_by_less_than_one_percent_over_the_windo
 def test_the_key_bias_of_an_attention_layer_is_left_out_and_nothing_else(kind: Any, dtype: torch.dtype) -> None:
     base, source, call = bert_pair(dtype)
     tasks = task_vectors(base, source)
-    used = matched_parameters(base, source, tasks, call, draw(12, 3, 32, dtype=dtype), kind)
+    used = find_matched(base, source, tasks, call, draw(12, 3, 32, dtype=dtype), kind).tasks
     assert set(tasks) - set(used) == {"attention.self.key.bias"}
     assert all(used[name] is tasks[name] for name in used)
     assert list(used) == [name for name in tasks if name in used]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_fda.anchors import construct_unit
-from hf_fda.anchors.gradients import gradient_cosines, make_matcher, matched_parameters, task_vectors
+from hf_fda.anchors.cosines import GramCosine, ProductCosine, TensorCosine, gram_pays
+from hf_fda.anchors.gradients import find_matched, gradient_cosines, task_vectors
 from hf_fda.anchors.orthogonal import Muon, orthogonalize
-from hf_fda.anchors.outputs import GramCosine, ProductCosine, TensorCosine, gram_pays
+from hf_fda.anchors.outputs import Matcher
 from hf_fda.anchors.smooth import SecondDerivatives
 from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
 from hf_fda.checkpoint import ModelCheckpoint
@@ -39,15 +40,20 @@ def block_pair(family: str) -> tuple[nn.Module, nn.Module, UnitCall]:
     return first, second, call
 
 
+def matcher_of(base: nn.Module, source: nn.Module, call: UnitCall, x: Tensor, kind: Any) -> Matcher:
+    """The cosines of all of a unit's parameters that can be matched."""
+    return find_matched(base, source, task_vectors(base, source), call, x, kind).matcher(base, source, call, kind)
+
+
 def both(family: str, kind: Any, anchors: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosines and the gradient of their weighted sum at X, of autograd and of the matcher."""
     base, source, call = block_pair(family)
     assert call.tokens is not None
     x = draw(anchors, call.tokens, 32).requires_grad_(True)
-    tasks = matched_parameters(base, source, task_vectors(base, source), call, x, kind)
-    plain = gradient_cosines(base, source, call, x, tasks, kind)
-    quick = make_matcher(base, source, tasks, call, x, kind)(x)
-    weights = draw(len(tasks), seed=5)
+    matched = find_matched(base, source, task_vectors(base, source), call, x, kind)
+    plain = gradient_cosines(base, source, call, x, matched.tasks, kind)
+    quick = matched.matcher(base, source, call, kind)(x.unsqueeze(0))[0]
+    weights = draw(len(matched.tasks), seed=5)
     slopes = [torch.autograd.grad(cosines @ weights, x)[0] for cosines in (plain, quick)]
     return plain, quick, slopes[0], slopes[1]
 
@@ -71,9 +77,8 @@ def test_so_they_are_of_one_anchor_where_no_gradient_of_a_weight_is_built() -> N
 def test_linear_layers_are_matched_at_their_outputs(family: str, left: set[str]) -> None:
     base, source, call = block_pair(family)
     x = draw(6, 3, 32)
-    tasks = matched_parameters(base, source, task_vectors(base, source), call, x, "cosine")
-    matcher = make_matcher(base, source, tasks, call, x, "cosine")
-    matrices = {name for name in matcher.others if matcher.tasks[name].ndim > 1}
+    matcher = matcher_of(base, source, call, x, "cosine")
+    matrices = {name for name in matcher.others if matcher.tasks[name].ndim > 2}
     assert all(any(part in name for part in left) for name in matrices)
     assert matcher.layers
 
@@ -95,36 +100,39 @@ def test_a_weight_that_is_used_outside_its_layer_is_left_to_autograd() -> None:
     source = fine_tune(base, seed=1, size=0.2).double().requires_grad_(False)
     base.double().requires_grad_(False)
     x = draw(4, 3, 6)
-    tasks = task_vectors(base, source)
-    matcher = make_matcher(base, source, tasks, UnitCall(), x, "cosine")
+    matcher = matcher_of(base, source, UnitCall(), x, "cosine")
     assert set(matcher.layers) == {"plain"}
-    torch.testing.assert_close(matcher(x), gradient_cosines(base, source, UnitCall(), x, tasks, "cosine"))
+    plain = gradient_cosines(base, source, UnitCall(), x, task_vectors(base, source), "cosine")
+    torch.testing.assert_close(matcher(x.unsqueeze(0))[0], plain)
 
 
 def test_a_matcher_leaves_modules_frozen_and_makes_a_graph_only_when_asked() -> None:
     base, source, call = block_pair("bert")
     x = draw(4, 3, 32)
-    matcher = make_matcher(base, source, task_vectors(base, source), call, x, "mse")
-    assert not matcher(x).requires_grad
-    assert matcher(x.requires_grad_(True)).requires_grad
+    matcher = matcher_of(base, source, call, x, "mse")
+    assert not matcher(x.unsqueeze(0)).requires_grad
+    assert matcher(x.unsqueeze(0).requires_grad_(True)).requires_grad
     assert not any(parameter.requires_grad for module in (base, source) for parameter in module.parameters())
     assert not any(module._forward_hooks for module in base.modules())
 
 
+@pytest.mark.parametrize("units", [1, 3])
 @pytest.mark.parametrize("form", [ProductCosine, GramCosine])
-def test_both_forms_are_the_cosine_of_the_product(form: Any) -> None:
-    output, x, task = draw(5, 7).requires_grad_(True), draw(5, 4, seed=1).requires_grad_(True), draw(7, 4, seed=2)
-    assert torch.autograd.gradcheck(lambda a, b: form.apply(a, b, task, task.norm()), (output, x))
-    expected = functional.cosine_similarity((output.T @ x).flatten(), task.flatten(), dim=0)
-    torch.testing.assert_close(form.apply(output, x, task, task.norm()), expected)
+def test_both_forms_are_the_cosine_of_the_product(form: Any, units: int) -> None:
+    output, x = draw(units, 5, 7).requires_grad_(True), draw(units, 5, 4, seed=1).requires_grad_(True)
+    task = draw(units, 7, 4, seed=2)
+    sizes = task.flatten(1).norm(dim=1)
+    assert torch.autograd.gradcheck(lambda a, b: form.apply(a, b, task, sizes), (output, x))
+    expected = functional.cosine_similarity((output.mT @ x).flatten(1), task.flatten(1))
+    torch.testing.assert_close(form.apply(output, x, task, sizes), expected)
 
 
 def test_a_gradient_of_zero_has_cosine_zero_and_no_slope() -> None:
-    zero, task = torch.zeros(3, 2, requires_grad=True), torch.ones(3, 2)
-    cosine = TensorCosine.apply(zero, task, task.norm())
-    (slope,) = torch.autograd.grad(cosine, zero)
+    zero, task = torch.zeros(1, 3, 2, requires_grad=True), torch.ones(1, 3, 2)
+    cosine = TensorCosine.apply(zero, task, task.norm().view(1))
+    (slope,) = torch.autograd.grad(cosine.sum(), zero)
     assert float(cosine.detach()) == 0
-    assert torch.equal(slope, torch.zeros(3, 2))
+    assert torch.equal(slope, torch.zeros(1, 3, 2))
 
 
 # -- second derivatives ------------------------------------------------------------------------------------------------

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from hf_fda.anchors import construct_unit
 from hf_fda.anchors.builder import linear_weights
-from hf_fda.anchors.construction import gradient_cosines, matched_parameters, task_vectors
-from hf_fda.anchors.gradients import make_matcher
+from hf_fda.anchors.gradients import find_matched, gradient_cosines, task_vectors
 from hf_fda.anchors.initialization import initial_anchors
 from hf_fda.anchors.orthogonal import make_stepper
 from hf_fda.anchors.precision import matmul_precision
@@ -99,8 +98,8 @@ def plain_loop(
 
 def package_loop(block: Block, used: dict[str, Tensor], start: Tensor, precision: Any, kind: Any) -> Iterator[None]:
     """The package's step, endlessly: what `construct_unit` does between its looks at the loss."""
-    matcher = make_matcher(block[0], block[1], used, block[2], start, "cosine")
-    x = start.clone().requires_grad_(True)
+    matcher = find_matched(block[0], block[1], used, block[2], start, "cosine").matcher(*block[:3], "cosine")
+    x = start.unsqueeze(0).clone().requires_grad_(True)
     stepper = make_stepper(kind, x, 1e-2, 10**9)
     while True:
         with matmul_precision(precision, start.device):
@@ -144,7 +143,7 @@ def compare(options: argparse.Namespace, tokens: int, kind: str, device: torch.d
     assert call.size is not None and call.tokens is not None
     generator = torch.Generator().manual_seed(0)
     start = initial_anchors(kind, weights, options.anchors, call.tokens, call.size, generator).to(device)
-    used = matched_parameters(base, source, task_vectors(base, source), call, start, "cosine")
+    used = find_matched(base, source, task_vectors(base, source), call, start, "cosine").tasks
     title = f"{call.tokens} tokens, {kind}"
 
     memory = peak(lambda: next(plain_loop(base, source, call, start)), device)

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_fda import costs, estimate
 from hf_fda.anchors import Moves, Objective, adapt_unit
+from hf_fda.anchors.grouping import construction_bytes
 from hf_fda.blocks import Unit, family_of, find_units
 from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.merge_methods import FDAConfig, MethodConfig
@@ -169,7 +170,7 @@ class Model:
     def memory(self) -> tuple[int, int]:
         """Peak bytes on the device of constructing and of adapting one unit."""
         inputs: Any = SimpleNamespace(base=self.base, sources=range(self.sources))
-        constructing = estimate.construction_bytes(inputs, self.config, self.unit)
+        constructing = construction_bytes(inputs.base, self.config, self.unit)
         return constructing, estimate.adaptation_bytes(inputs, self.config, self.unit, {})
 
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_fda.anchors import construct_unit
-from hf_fda.anchors.construction import UnitAnchors, gradient_cosines, matched_parameters, task_vectors
+from hf_fda.anchors.construction import UnitAnchors
+from hf_fda.anchors.gradients import find_matched, gradient_cosines, task_vectors
 from hf_fda.anchors.initialization import initial_anchors
 from hf_fda.anchors.precision import matmul_precision
 from hf_fda.anchors.products import product
@@ -114,7 +115,7 @@ def plain(base: nn.Module, source: nn.Module, start: Tensor, steps: int, precisi
 
     with matmul_precision(precision, start.device):
         spent = seconds(work, start.device)
-    used = matched_parameters(base, source, task_vectors(base, source), CALL, start, "cosine")
+    used = find_matched(base, source, task_vectors(base, source), CALL, start, "cosine").tasks
     return spent, float(1 - gradient_cosines(base, source, CALL, best[0], used, "cosine").mean())
 
 

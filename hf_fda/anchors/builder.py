@@ -8,8 +8,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hf_fda.anchors.construction import UnitAnchors, construct_unit
+from hf_fda.anchors.construction import UnitAnchors, construct_units
+from hf_fda.anchors.descent import LossError
+from hf_fda.anchors.grouping import group_units
 from hf_fda.anchors.initialization import initial_anchors
+from hf_fda.anchors.stacked import UnitPair
 from hf_fda.blocks import Capture, Unit, capture_calls, make_unit
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
@@ -42,11 +45,23 @@ class AnchorBuilder:
     ) -> None:
         self.base, self.units, self.config = base, tuple(units), config
         self.device, self.seed, self.snapshots = device, seed, tuple(sorted(snapshots))
+        self._made: dict[tuple[str, str], UnitAnchors] = {}
 
     @cached_property
     def capture(self) -> Capture:
         """How the units are called."""
         return capture_calls(self.base, self.units, self.config.num_tokens, self.device)
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[Unit, ...]]:
+        """The units that are constructed together with a unit, itself among them, by its name; group after group."""
+        groups = group_units(self.base, self.config, self.units, self.device)
+        return {unit.name: group for group in groups for unit in group}
+
+    @property
+    def grouped(self) -> tuple[Unit, ...]:
+        """The units in the order in which they are best asked for: group after group."""
+        return tuple(unit for first, group in self.groups.items() if group[0].name == first for unit in group)
 
     def load(self, read: Callable[[str], Tensor], unit: Unit) -> nn.Module:
         """A unit on the device in float32, its tensors read by `read` from the base's names."""
@@ -58,27 +73,28 @@ class AnchorBuilder:
         unit: Unit,
         report: Callable[[int, float], None] = lambda step, loss: None,
     ) -> UnitAnchors:
-        """Construct the anchors of one unit for one source.
+        """Construct the anchors of one unit for one source, and with them those of its group, which are kept until
+        another group is asked for.
 
         Raises:
             RunError: naming unit and source, when the loss becomes infinite or not a number.
         """
-        config, call = self.config, self.capture.calls[unit.name]
+        wanted = source.name, unit.name
+        if wanted not in self._made:
+            group = self.groups[unit.name]
+            self._made = {}  # before others are made
+            pairs = [self._pair(source, one) for one in group]
+            try:
+                found = construct_units(pairs, **self.config.descent(), snapshots=self.snapshots, report=report)
+            except LossError as error:
+                raise RunError(f"block '{group[error.number].name}', source '{source.name}': {error}") from None
+            self._made = {(source.name, one.name): own for one, own in zip(group, found, strict=True)}
+        return self._made.pop(wanted)
+
+    def _pair(self, source: AlignedSource, unit: Unit) -> UnitPair:
+        """A unit of base and source, and where its anchors start."""
         base, tuned = self.load(self.base.read, unit), self.load(source.read, unit)
-        start, offset = self._start(source, unit, tuned)
-        try:
-            return construct_unit(
-                base,
-                tuned,
-                call,
-                start,
-                offset,
-                **config.descent(),
-                snapshots=self.snapshots,
-                report=report,
-            )
-        except RunError as error:
-            raise RunError(f"block '{unit.name}', source '{source.name}': {error}") from None
+        return UnitPair(base, tuned, self.capture.calls[unit.name], *self._start(source, unit, tuned))
 
     def start(self, source: AlignedSource, unit: Unit) -> Tensor:
         """Where the anchors of one unit start for one source, (n, T, d) on the CPU, position embeddings with them."""

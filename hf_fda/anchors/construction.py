@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_fda.anchors.gradients import (
-    gradient_cosines,
-    induced_gradients,
-    make_matcher,
-    matched_parameters,
-    task_vectors,
-)
-from hf_fda.anchors.orthogonal import Stepper, make_stepper
+from hf_fda.anchors.descent import Descent, LossError, Reached
+from hf_fda.anchors.gradients import Matched, find_matched, gradient_cosines, task_vectors
+from hf_fda.anchors.orthogonal import make_stepper
 from hf_fda.anchors.outputs import Matcher
 from hf_fda.anchors.precision import fine_enough, matmul_precision
+from hf_fda.anchors.stacked import UnitPair, match_together
 from hf_fda.blocks.capture import UnitCall
-from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import Distance, Optimizer, Precision
 
 if TYPE_CHECKING:
     from hf_fda.anchors.rounding import Rounding
-
-__all__ = [
-    "UnitAnchors",
-    "construct_unit",
-    "gradient_cosines",
-    "induced_gradients",
-    "matched_parameters",
-    "stalled",
-    "task_vectors",
-]
-
-CHECK_EVERY = 10
-"""Steps between looks at the loss: each look makes the device wait."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +56,20 @@ def construct_unit(
     start: Tensor,
     offset: Tensor | None,
     *,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+    **descent: Any,
+) -> UnitAnchors:
+    """Optimise the anchors of one unit for one source: `construct_units` of one, with the fields of a `UnitPair`.
+
+    Raises:
+        RunError: when the loss becomes infinite or not a number.
+    """
+    return construct_units([UnitPair(base, source, call, start, offset)], report=report, **descent)[0]
+
+
+def construct_units(
+    pairs: Sequence[UnitPair],
+    *,
     steps: int,
     learning_rate: float,
     kind: Distance,
@@ -82,62 +78,88 @@ def construct_unit(
     precision: Precision | None = None,
     snapshots: Collection[int] = (),
     report: Callable[[int, float], None] = lambda step, loss: None,
-) -> UnitAnchors:
-    """Optimise the anchors of one unit for one source.
+) -> list[UnitAnchors]:
+    """Optimise the anchors of several units, together where these are alike.
 
     Minimises over X the sum over parameter tensors p of ``1 - cos(grad_p S(phi_0(X), phi_i(X)), tau_p)`` with
-    S minus the distance, and keeps the X of the lowest loss. Only X gets a gradient.
+    S minus the distance, and keeps the X of the lowest loss. Only X gets a gradient. Units do not depend on each other;
+    that they run together shows in the rounding only.
 
     Args:
-        base: the base's unit, frozen.
-        source: the source's unit, frozen, on the same device.
-        call: how to call both.
-        start: (n, T, d), where X starts.
-        offset: (T, d) added to X in front of the unit (position embeddings), or None. The anchors include it.
+        pairs: the units, all on one device.
         steps: steps at most.
         learning_rate: AdamW's step size; of "muon", see `orthogonal.Muon`.
         kind: distance of the outputs.
-        patience: stop when the best loss has not fallen by 1 % in so many steps; None never stops early. Of "muon" the
-            step size falls over all `steps`, and the loss with it, so patience does not apply.
+        patience: stop a unit when its best loss has not fallen by 1 % in so many steps; None never stops early. Of
+            "muon" the step size falls over all `steps`, and the loss with it, so patience does not apply.
         optimizer: "adamw" at a constant step size as published, or "muon", which needs a fraction of the steps.
         precision: of float32 matrix products while X moves, as of `matmul_precision`, where it is `fine_enough` for
-            what the source changes; None leaves what is set. The cosines, loss and targets returned are computed in
+            what the sources change; None leaves what is set. The cosines, loss and targets returned are computed in
             what was set before.
         snapshots: numbers of steps after which X is kept as it is then (0: as it starts), wherever the loss is; those
             that construction does not come to have none.
-        report: called with (step, loss) now and then.
+        report: called with (step, loss) now and then, of several units their mean loss.
 
     Raises:
-        RunError: when the loss becomes infinite or not a number.
+        LossError: when the loss of a unit becomes infinite or not a number.
     """
-    shift = torch.zeros_like(start[0]) if offset is None else offset
-    tasks = task_vectors(base, source)
-    matcher = make_matcher(base, source, tasks, call, start + shift, kind)
-    used, best_x, done = matcher.tasks, start, 0
-    kept = {0: (start + shift).cpu()} if 0 in snapshots else {}
+    changes = [task_vectors(pair.base, pair.source) for pair in pairs]
+    matched = [
+        find_matched(pair.base, pair.source, change, pair.call, pair.start + pair.shift, kind)
+        for pair, change in zip(pairs, changes, strict=True)
+    ]
+    reached = [Reached(pair.start, 0) for pair in pairs]
+    least = min(_change(pair.base, change) for pair, change in zip(pairs, changes, strict=True))
+    moving = [number for number, own in enumerate(matched) if own.tasks and steps]
+    for matcher, numbers in _matchers(pairs, matched, moving, kind):
+        chosen = [pairs[number] for number in numbers]
+        x = torch.stack([pair.start for pair in chosen]).requires_grad_(True)
+        shift = torch.stack([pair.shift for pair in chosen]).unsqueeze(1)
+        descent = Descent(matcher, x, shift, make_stepper(optimizer, x, learning_rate, steps), snapshots)
+        with matmul_precision(fine_enough(precision, least, x.device), x.device):
+            try:
+                ends = descent.run(steps, patience if optimizer == "adamw" else None, report)
+            except LossError as error:
+                raise LossError(numbers[error.number], str(error)) from None
+        for number, end in zip(numbers, ends, strict=True):
+            reached[number] = end
+    return [
+        _finished(pair, change, own, end, kind, 0 in snapshots)
+        for pair, change, own, end in zip(pairs, changes, matched, reached, strict=True)
+    ]
 
-    def watch(step: int, now: Tensor) -> None:
-        if step in snapshots:
-            kept[step] = (now.detach() + shift).cpu()
 
-    if used and steps:
-        window = patience if optimizer == "adamw" else None
-        x = start.clone().requires_grad_(True)
-        stepper = make_stepper(optimizer, x, learning_rate, steps)
-        with matmul_precision(fine_enough(precision, _change(base, tasks), start.device), start.device):
-            best_x, done = _descend(matcher, x, shift, stepper, steps, window, report, watch)
-    anchors = (best_x + shift).detach()
-    cosines = gradient_cosines(base, source, call, anchors, used, kind).tolist() if used else []
+def _matchers(
+    pairs: Sequence[UnitPair], matched: Sequence[Matched], moving: Sequence[int], kind: Distance
+) -> Iterator[tuple[Matcher, list[int]]]:
+    """The units' cosines with the numbers of the units: of all together, or one after the other."""
+    if len(moving) > 1:
+        together = match_together([pairs[number] for number in moving], [matched[number] for number in moving], kind)
+        if together is not None:
+            yield together, list(moving)
+            return
+    for number in moving:
+        pair = pairs[number]
+        yield matched[number].matcher(pair.base, pair.source, pair.call, kind), [number]
+
+
+def _finished(
+    pair: UnitPair, change: Mapping[str, Tensor], matched: Matched, end: Reached, kind: Distance, with_start: bool
+) -> UnitAnchors:
+    """The anchors of a unit whose descent has ended."""
+    anchors, used = (end.x + pair.shift).detach(), matched.tasks
+    cosines = gradient_cosines(pair.base, pair.source, pair.call, anchors, used, kind).tolist() if used else []
     with torch.no_grad():
-        targets = call(source, anchors)
+        targets = pair.call(pair.source, anchors)
+    first = {0: (pair.start + pair.shift).cpu()} if with_start else {}
     return UnitAnchors(
         anchors.cpu(),
         targets.cpu(),
         loss=1 - sum(cosines) / len(cosines) if cosines else 0.0,
-        steps=done,
+        steps=end.steps,
         cosines=dict(zip(used, cosines, strict=True)),
-        left_out=tuple(name for name in tasks if name not in used),
-        snapshots=kept,
+        left_out=tuple(name for name in change if name not in used),
+        snapshots={**first, **end.snapshots},
     )
 
 
@@ -146,41 +168,3 @@ def _change(base: nn.Module, tasks: Mapping[str, Tensor]) -> float:
     both = list(tasks.values()), list(base.parameters())
     task, whole = (torch.stack([value.norm() for value in own]).norm() for own in both)
     return float(task / whole)
-
-
-def _descend(
-    matcher: Matcher,
-    x: Tensor,
-    shift: Tensor,
-    stepper: Stepper,
-    steps: int,
-    patience: int | None,
-    report: Callable[[int, float], None],
-    watch: Callable[[int, Tensor], None],
-) -> tuple[Tensor, int]:
-    """The X of the lowest loss seen, and the number of steps; `watch` sees X after every step."""
-    best_x, best = x.detach().clone(), torch.full((), math.inf, device=x.device)
-    history: list[float] = []
-    for done in range(1, steps + 1):
-        loss = 1 - matcher(x + shift).mean()
-        (x.grad,) = torch.autograd.grad(loss * len(matcher.tasks), x)
-        loss = loss.detach()
-        improved = loss < best
-        best_x, best = torch.where(improved, x.detach(), best_x), torch.where(improved, loss, best)
-        if done % CHECK_EVERY == 0 or done == steps:
-            current = float(loss)
-            if not math.isfinite(current):
-                raise RunError(f"the construction loss is {current} at step {done - 1}; try a smaller learning_rate")
-            history.append(float(best))
-            report(done, history[-1])
-            if patience is not None and stalled(history, patience // CHECK_EVERY):
-                return best_x, done
-        stepper.step()
-        watch(done, x)
-    return best_x, steps
-
-
-def stalled(history: list[float], window: int) -> bool:
-    """Whether the best loss fell by less than 1 % over the last `window` looks."""
-    window = max(window, 1)
-    return len(history) > window and history[-1] > 0.99 * history[-1 - window]

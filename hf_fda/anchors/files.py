@@ -265,7 +265,8 @@ class Construction:
                 write_snapshots(self.folder / snapshot_file(unit.name), built.snapshots)
             return lambda path: write_unit(path, anchors, self.dtype)
 
-        return Piece(what, f"{self.prefix}{unit_file(unit.name)}", self.key(unit), cost, make)
+        group = f"{self.prefix}{self.builder.groups[unit.name][0].name}"
+        return Piece(what, f"{self.prefix}{unit_file(unit.name)}", self.key(unit), cost, make, group=group)
 
     def frame(self, units: Sequence[Unit], beside: Beside) -> AnchorsInfo:
         """Write index, card, manifest and what else belongs there around complete blocks; what the manifest says."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.outputs import Matcher
-from hf_fda.blocks.capture import UnitCall
+from hf_fda.blocks.capture import Call, UnitCall
 from hf_fda.errors import RunError, few
 from hf_fda.merge_methods.fda import Distance
-
-Call = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a unit's module on x (n, T, d), as a `UnitCall` does."""
 
 NO_GRADIENT = 1e-9
 """A parameter whose gradient, in float64, is smaller than this fraction of the largest has none."""
@@ -83,26 +81,29 @@ def gradients_towards(
         base.requires_grad_(False)
 
 
-def matched_parameters(
+@dataclass(frozen=True)
+class Matched:
+    """What of a unit can be matched: task vectors by parameter name, and which of these parameters' gradients autograd
+    has to build although a linear layer owns them (`plain`)."""
+
+    tasks: dict[str, Tensor]
+    plain: frozenset[str] = frozenset()
+
+    def matcher(self, base: nn.Module, source: nn.Module, call: Call, kind: Distance) -> Matcher:
+        """The cosines of one unit as a function of X (1, n, T, d)."""
+        tasks = {name: task.unsqueeze(0) for name, task in self.tasks.items()}
+        return Matcher(base, source, call, tasks, kind, self.plain)
+
+
+def find_matched(
     base: nn.Module, source: nn.Module, tasks: Mapping[str, Tensor], call: UnitCall, x: Tensor, kind: Distance
-) -> dict[str, Tensor]:
+) -> Matched:
     """The task vectors that can be matched: not zero, and of a parameter whose gradient is not identically zero.
 
     A gradient that is zero in exact arithmetic (the key bias under softmax) is rounding noise in float32 and would
-    only add noise to the cosine. In float64, on a few anchors, it stands ten orders below the others.
-
-    Raises:
-        RunError: naming the parameters, when a gradient is not finite.
-    """
-    return make_matcher(base, source, tasks, call, x, kind).tasks
-
-
-def make_matcher(
-    base: nn.Module, source: nn.Module, tasks: Mapping[str, Tensor], call: UnitCall, x: Tensor, kind: Distance
-) -> Matcher:
-    """The cosines of all parameters that can be matched (`matched_parameters`) as a function of X, from output
-    gradients wherever those are the whole story: a weight that is also used otherwise than by its own linear layer is
-    left to autograd. Both are found by one look at a few anchors in float64.
+    only add noise to the cosine. In float64, on a few anchors, it stands ten orders below the others. There it is also
+    seen where output gradients are not the whole story: a weight that is used otherwise than by its own linear layer,
+    too, is left to autograd.
 
     Args:
         base: the base's unit.
@@ -117,8 +118,8 @@ def make_matcher(
     """
     names = [name for name, task in tasks.items() if bool(task.any())]
     if not names:
-        return Matcher(base, source, call, {}, kind)
-    (first, second), double_call, sample = _in_double(base, source, call, x)
+        return Matched({})
+    (first, second), double_call, sample = in_double((base, source), call, x)
     gradients = dict(zip(names, induced_gradients(first, second, double_call, sample, names, kind), strict=True))
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in gradients.items()}
     broken = [name for name, size in sizes.items() if not math.isfinite(size)]
@@ -129,23 +130,18 @@ def make_matcher(
         )
     floor = NO_GRADIENT * max(sizes.values())
     used = {name: tasks[name].to(sample) for name in names if sizes[name] > floor}
-    plain = (
-        torch.stack([_cosine(gradients[name], task) for name, task in used.items()]) if used else sample.new_zeros(0)
-    )
-    quick = Matcher(first, second, double_call, used, kind)(sample) if used else plain
-    faithful = ((plain - quick).abs() < FAITHFUL).tolist()
-    left = frozenset(name for name, good in zip(used, faithful, strict=True) if not good)
-    return Matcher(base, source, call, {name: tasks[name] for name in used}, kind, plain=left)
+    plain = [_cosine(gradients[name], task) for name, task in used.items()]
+    quick = Matched(used).matcher(first, second, double_call, kind)(sample.unsqueeze(0))[0].tolist() if used else []
+    left = [name for name, one, own in zip(used, plain, quick, strict=True) if not abs(one - own) < FAITHFUL]
+    return Matched({name: tasks[name] for name in used}, frozenset(left))
+
+
+def in_double(modules: Sequence[nn.Module], call: UnitCall, x: Tensor) -> tuple[list[nn.Module], UnitCall, Tensor]:
+    """Modules, their call and some anchors in float64."""
+    device = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
+    double = [copy.deepcopy(module).to(device, torch.float64) for module in modules]
+    return double, call.to(torch.float64), x[:8].detach().to(device, torch.float64)
 
 
 def _cosine(gradient: Tensor, task: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(gradient.flatten(), task.flatten(), dim=0, eps=1e-30)
-
-
-def _in_double(
-    base: nn.Module, source: nn.Module, call: UnitCall, x: Tensor
-) -> tuple[list[nn.Module], UnitCall, Tensor]:
-    """Both units, their call and some anchors in float64."""
-    device = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
-    double = [copy.deepcopy(module).to(device, torch.float64) for module in (base, source)]
-    return double, call.to(torch.float64), x[:8].detach().to(device, torch.float64)

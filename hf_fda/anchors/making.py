@@ -90,21 +90,20 @@ class Making:
     def in_memory(self, team: Team) -> tuple[AnchorsInfo, dict[str, UnitAnchors], Beside]:
         """Make the anchors; every process gets all of them."""
         check_same(self._facts(team), team)
-        units = self.builder.units
-        owners = assign([self._cost(unit) for unit in units], team.count)
+        units, groups = self.builder.grouped, self.builder.groups
+        owners = assign([self._cost(unit) for unit in units], team.count, [groups[unit.name] for unit in units])
         own = {
             unit.name: stored(self.builder, unit, self.builder.build(self.source, unit), self.wanted.dtype)
             for unit, owner in zip(units, owners, strict=True)
             if owner == team.rank
         }
         team.wait()
-        built = {
-            unit.name: team.from_owner(own.get(unit.name), owner) for unit, owner in zip(units, owners, strict=True)
-        }
+        owner_of = {unit.name: owner for unit, owner in zip(units, owners, strict=True)}
+        built = {unit.name: team.from_owner(own.get(unit.name), owner_of[unit.name]) for unit in self.builder.units}
         beside = self._beside()
         what = {"dtype": self.wanted.dtype, "rounding": rounding_of(built), **beside.described()}
         options = self.builder.config.construction()
-        info = manifest(self.base, self.source, units, options, self.builder.seed, **what)
+        info = manifest(self.base, self.source, self.builder.units, options, self.builder.seed, **what)
         return info, built, beside
 
     def on_disk(self, team: Team, quiet: bool) -> AnchorsInfo:
@@ -116,7 +115,7 @@ class Making:
         prints = self.base.fingerprint(), self.source.checkpoint.fingerprint()
         construction = Construction(store, "", self.builder, self.source, prints, self.wanted.dtype)
         with Progress(len(units), quiet or not team.main) as progress:
-            pieces = [construction.piece(unit, self._cost(unit), progress) for unit in units]
+            pieces = [construction.piece(unit, self._cost(unit), progress) for unit in self.builder.grouped]
             work_off(pieces, find_finished(pieces, store, team), store, team, progress)
         if team.main:
             construction.frame(units, self._beside())

@@ -27,42 +27,45 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     and the matrix is not long it works on the matrix itself, as in Muon.
 
     Args:
-        matrix: (N, d).
+        matrix: (N, d), or several.
         iterations: of Newton and Schulz.
 
     Returns:
-        (N, d), scaled to a root mean square of one.
+        of that shape, each scaled to a root mean square of one.
     """
+    if matrix.ndim == 3 and len(matrix) == 1:
+        return orthogonalize(matrix[0], iterations).unsqueeze(0)
     tiny = torch.finfo(matrix.dtype).tiny
-    scaled = matrix / matrix.norm().clamp_min(tiny)
-    if narrows(matrix, matrix.T) and max(matrix.shape) < LONG * min(matrix.shape):
+    scaled = matrix / torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    if narrows(matrix, matrix.mT) and max(matrix.shape[-2:]) < LONG * min(matrix.shape[-2:]):
         result = _on_the_matrix(scaled, iterations)
     else:
         with matmul_precision("highest", matrix.device):
             result = _on_the_gram(scaled, iterations)
-    return result / result.square().mean().sqrt().clamp_min(tiny)
+    return result / result.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(tiny)
 
 
 def _on_the_matrix(matrix: Tensor, iterations: int) -> Tensor:
-    tall = matrix.shape[0] > matrix.shape[1]
-    scaled = (matrix.T if tall else matrix).to(torch.bfloat16)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    scaled = (matrix.mT if tall else matrix).to(torch.bfloat16)
     a, b, c = NEWTON_SCHULZ
+    add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     for _ in range(iterations):
-        gram = scaled @ scaled.T
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        scaled = torch.addmm(scaled, factor, scaled, beta=a)
-    return (scaled.T if tall else scaled).to(matrix.dtype)
+        gram = scaled @ scaled.mT
+        factor = add(gram, gram, gram, beta=b, alpha=c)
+        scaled = add(scaled, factor, scaled, beta=a)
+    return (scaled.mT if tall else scaled).to(matrix.dtype)
 
 
 def _on_the_gram(scaled: Tensor, iterations: int) -> Tensor:
-    wide = scaled.shape[0] < scaled.shape[1]
-    gram = scaled @ scaled.T if wide else scaled.T @ scaled
+    wide = scaled.shape[-2] < scaled.shape[-1]
+    gram = scaled @ scaled.mT if wide else scaled.mT @ scaled
     a, b, c = NEWTON_SCHULZ
     product: Tensor | None = None
     for number in range(iterations):
         square = gram @ gram
         factor = (b * gram).add_(square, alpha=c)
-        factor.diagonal().add_(a)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else product @ factor
         if number + 1 < iterations:
             gram = factor @ gram @ factor
@@ -87,7 +90,7 @@ class Muon:
     steps and then falls to zero in a line.
 
     Args:
-        x: (n, T, d), changed in place.
+        x: (n, T, d), or (S, n, T, d) of S units that each have a matrix of their own; changed in place.
         learning_rate: a quarter of the root mean square of the first steps' entries, so that Adam's usual 0.01 fits.
         steps: how many there will be.
         momentum: decay rate of the averaged gradient, looked ahead as Nesterov does.
@@ -114,7 +117,7 @@ class Muon:
         assert gradient is not None
         self.average.lerp_(gradient, 1 - self.momentum)
         ahead = self.average.lerp(gradient, 1 - self.momentum)
-        direction = orthogonalize(ahead.reshape(-1, ahead.shape[-1])).view_as(self.x)
+        direction = orthogonalize(ahead.flatten(-3, -2)).view_as(self.x)
         self.x.add_(direction, alpha=-self.size())
         self.done += 1
 

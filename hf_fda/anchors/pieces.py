@@ -42,10 +42,11 @@ class Anchors:
 
     def pieces(self) -> list[Piece]:
         """The work of constructing, unit by unit, the anchors of every source that has none."""
-        found = []
-        for source, unit in self.plan.constructions:
-            cost = costs.construction(self.plan.inputs.base, self.config, unit).weight
-            found.append(self._construction(source).piece(unit, cost, self.run.progress))
+        base, found = self.plan.inputs.base, []
+        for source in self.plan.anchors_made:
+            for unit in filter(source.has, self.builder.grouped):
+                cost = costs.construction(base, self.config, unit).weight
+                found.append(self._construction(source).piece(unit, cost, self.run.progress))
         return found
 
     def frame(self) -> None:

@@ -32,32 +32,37 @@ def has_bfloat16() -> bool:
 
 
 def narrows(a: Tensor, b: Tensor) -> bool:
-    """Whether ``a b`` of matrices (m, k) and (k, n) is taken in bfloat16: at precision "medium", where it pays."""
+    """Whether ``a b`` of matrices (..., m, k) and (..., k, n) is taken in bfloat16: at precision "medium", where it
+    pays."""
     return (
         a.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
-        and a.shape[0] * a.shape[1] * b.shape[1] >= LEAST
+        and a.shape[-2] * a.shape[-1] * b.shape[-1] >= LEAST
         and narrow_on_cpu()
         and has_bfloat16()
     )
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of matrices (m, k) and (k, n), in the precision that is set; not for autograd."""
+    """``a b`` of matrices (m, k) and (k, n), or of as many of both (S, m, k) and (S, k, n), in the precision that is
+    set; not for autograd."""
+    if a.ndim == 3 and len(a) == 1:
+        return product(a[0], b[0]).unsqueeze(0)
     if not narrows(a, b):
         return a @ b
-    return (_narrow(a) @ _narrow(b))[: len(a), : b.shape[1]].to(torch.float32)
+    return (_narrow(a) @ _narrow(b))[..., : a.shape[-2], : b.shape[-1]].to(torch.float32)
 
 
 def _narrow(matrix: Tensor) -> Tensor:
-    """A matrix in bfloat16, filled up with zeros to multiples of `ROUND`."""
-    if matrix.stride(0) == 1 < len(matrix):
-        return _narrow(matrix.T).T
-    rows, columns = (-(-size // ROUND) * ROUND for size in matrix.shape)
-    if matrix.shape == (rows, columns):
+    """Matrices (..., rows, columns) in bfloat16, filled up with zeros to multiples of `ROUND`."""
+    if matrix.stride(-2) == 1 < matrix.shape[-2]:
+        return _narrow(matrix.mT).mT
+    sizes = matrix.shape[-2:]
+    filled = [-(-size // ROUND) * ROUND for size in sizes]
+    if list(sizes) == filled:
         return matrix.to(torch.bfloat16)
-    whole = matrix.new_zeros(rows, columns, dtype=torch.bfloat16)
-    whole[: matrix.shape[0], : matrix.shape[1]] = matrix
+    whole = matrix.new_zeros(*matrix.shape[:-2], *filled, dtype=torch.bfloat16)
+    whole[..., : sizes[0], : sizes[1]] = matrix
     return whole
 
 
@@ -66,7 +71,7 @@ class MatrixProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        """`a` (m, k) and `b` (k, n)."""
+        """`a` (m, k) and `b` (k, n), or as many of both."""
         ctx.save_for_backward(a, b)
         return product(a, b)
 
@@ -75,8 +80,8 @@ class MatrixProduct(torch.autograd.Function):
         """The derivatives, by the same products."""
         a, b = ctx.saved_tensors
         wanted_a, wanted_b = ctx.needs_input_grad
-        to_a = MatrixProduct.apply(grad, b.T) if wanted_a else None
-        return to_a, MatrixProduct.apply(a.T, grad) if wanted_b else None
+        to_a = MatrixProduct.apply(grad, b.mT) if wanted_a else None
+        return to_a, MatrixProduct.apply(a.mT, grad) if wanted_b else None
 
 
 class NarrowProducts(TorchFunctionMode):

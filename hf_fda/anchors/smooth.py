@@ -64,13 +64,13 @@ class NormSlope(torch.autograd.Function):
     def forward(
         ctx: Any, grad: Tensor, weight: Tensor, normal: Tensor, rate: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`grad` D, `normal` y and `x` are (N, d), `weight` (d,), `rate` r (N, 1). The input is named only so that
-        its derivative has somewhere to go."""
+        """`grad` D, `normal` y and `x` are (..., N, d), `weight` (..., 1, d), `rate` r (..., N, 1). The input is named
+        only so that its derivative has somewhere to go."""
         g = grad * weight
         mean, slope = g.mean(-1, keepdim=True), torch.linalg.vecdot(g, normal).unsqueeze(-1) / g.shape[-1]
         ctx.save_for_backward(grad, weight, normal, rate, mean, slope)
-        to_weight = (grad * normal).sum(0)
-        return _jacobian(g, normal, rate, mean, slope), to_weight, grad.sum(0)
+        to_weight = (grad * normal).sum(-2, keepdim=True)
+        return _jacobian(g, normal, rate, mean, slope), to_weight, grad.sum(-2, keepdim=True)
 
     @staticmethod
     @once_differentiable
@@ -96,12 +96,17 @@ def _jacobian(g: Tensor, normal: Tensor, rate: Tensor, mean: Tensor, slope: Tens
 
 
 class Norm(torch.autograd.Function):
-    """A layer norm over the last dimension with weight and bias."""
+    """A layer norm over the last dimension with weight and bias, or with several, each for as many rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """`x` (..., d), `weight` and `bias` (d,)."""
-        output, mean, rate = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        """`x` (..., d), `weight` and `bias` (d,), or (S, d): one for each S-th of the rows."""
+        if weight.ndim == 1:
+            output, mean, rate = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        else:
+            normal, mean, rate = torch.native_layer_norm(x, weight.shape[-1:], None, None, eps)
+            rows = normal.view(len(weight), -1, weight.shape[-1])
+            output = torch.addcmul(bias.unsqueeze(-2), rows, weight.unsqueeze(-2)).view_as(x)
         ctx.save_for_backward(x, weight, mean, rate)
         return output
 
@@ -109,10 +114,11 @@ class Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Through `NormSlope`, which can be differentiated again."""
         x, weight, mean, rate = ctx.saved_tensors
-        normal = ((x.detach() - mean) * rate).flatten(0, -2)
-        flat = rate.reshape(-1, 1)
-        result = NormSlope.apply(grad.reshape(normal.shape), weight, normal, flat, x.reshape(normal.shape))
-        return result[0].view_as(x), result[1], result[2], None
+        rows = (*weight.shape[:-1], -1, weight.shape[-1])
+        normal = ((x.detach() - mean) * rate).reshape(rows)
+        rates = rate.reshape(*rows[:-1], 1)
+        result = NormSlope.apply(grad.reshape(rows), weight.unsqueeze(-2), normal, rates, x.reshape(rows))
+        return result[0].view_as(x), result[1].view_as(weight), result[2].view_as(weight), None
 
 
 class SecondDerivatives(TorchFunctionMode):

@@ -19,6 +19,9 @@ from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import meta_model
 from hf_fda.errors import InputError
 
+Call = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a unit's module on x (n, T, d), as a `UnitCall` does."""
+
 
 @dataclass
 class UnitCall:
@@ -63,6 +66,11 @@ class UnitCall:
             for dimension in dimensions:
                 leaves[number] = leaves[number].narrow(dimension, 0, positions)
         return dataclasses.replace(self, arguments=tree_unflatten(leaves, tree))
+
+    def like(self, other: UnitCall) -> bool:
+        """Whether another call gives a unit the same beside its hidden states."""
+        facts, others = ((own.batched, own.hidden, own.size, own.tokens, own.folded) for own in (self, other))
+        return facts == others and _same_beside_hidden(self.arguments, other.arguments)
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run `module` on x (n, T, d)."""

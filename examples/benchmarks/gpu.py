@@ -4,9 +4,10 @@
     python examples/benchmarks/gpu.py --device cpu --blocks 2 --sources 2 --hidden 32 --intermediate 64 --heads 2 \
         --anchors 8 --plain-steps 10 --steps 5 --matmul 256
 
-encoder: blocks of a random RoBERTa-base shape and eight fine-tunes of them. The package makes the anchors of all units
-with its defaults; the plain loop (construction.py) runs all its 1,200 steps on one unit, which gives its loss and the
-seconds of a step; what it would take for all units is extrapolated from these.
+encoder: a random encoder of RoBERTa-base's shape and eight fine-tunes of it. The package makes the anchors of all their
+blocks with its defaults (`FunctionalDualAnchors.construct`, which reads blocks and constructs several together); the
+plain loop (construction.py) runs all its 1,200 steps on one block, which gives its loss and the seconds of a step; what
+it would take for all blocks is extrapolated from these.
 
 decoder: one MLP of Llama-2-7B's shape, 8,192 anchors of one token, 200 steps. Products are counted exactly: torch's
 FlopCounterMode counts what is dispatched (2 m n k for each product, forward, backward, optimiser) in runs of one and of
@@ -34,6 +35,7 @@ from construction import plain_loop, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_fda import FunctionalDualAnchors
 from hf_fda.anchors import construct_unit
 from hf_fda.anchors.construction import UnitAnchors
 from hf_fda.anchors.gradients import find_matched, gradient_cosines, task_vectors
@@ -46,17 +48,15 @@ from hf_fda.merge_methods import FDAConfig
 RANK, CALL = 16, UnitCall()
 
 
-def encoder_block(options: argparse.Namespace, number: int) -> nn.Module:
-    """A random RoBERTa block, frozen, on the device."""
+def random_encoder(options: argparse.Namespace) -> Any:
+    """A random RoBERTa, frozen."""
     from transformers import RobertaConfig, RobertaModel
 
-    torch.manual_seed(number)
+    torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": options.hidden or 768, "intermediate_size": options.intermediate or 3072}
-    sizes |= {"num_attention_heads": options.heads, "num_hidden_layers": 1, "vocab_size": 8}
+    sizes |= {"num_attention_heads": options.heads, "num_hidden_layers": options.blocks, "vocab_size": 8}
     sizes |= {"attn_implementation": "eager"}  # has second derivatives on every device
-    config = RobertaConfig(**sizes)
-    block: nn.Module = RobertaModel(config).encoder.layer[0]
-    return block.eval().requires_grad_(False).to(options.device)
+    return RobertaModel(RobertaConfig(**sizes)).eval().requires_grad_(False)
 
 
 def decoder_mlp(options: argparse.Namespace) -> nn.Module:
@@ -73,8 +73,8 @@ def decoder_mlp(options: argparse.Namespace) -> nn.Module:
     return block.eval().requires_grad_(False)
 
 
-def fine_tune(base: nn.Module, seed: int) -> nn.Module:
-    """A block plus a change of rank `RANK` and a little noise."""
+def fine_tune(base: Any, seed: int) -> Any:
+    """A block, or model, plus a change of rank `RANK` and a little noise."""
     tuned = copy.deepcopy(base)
     generator = torch.Generator(next(base.parameters()).device).manual_seed(seed)
 
@@ -120,36 +120,36 @@ def plain(base: nn.Module, source: nn.Module, start: Tensor, steps: int, precisi
 
 
 def encoder(options: argparse.Namespace) -> None:
-    """All units by the package, one by the plain loop; the ratio."""
+    """All blocks by the package, one by the plain loop; the ratio."""
     device = torch.device(options.device)
-    config = FDAConfig(num_anchors=options.anchors, steps=options.steps).for_family("encoder", options.hidden or 768)
+    chosen: dict[str, Any] = {"num_anchors": options.anchors, "steps": options.steps}
+    config = FDAConfig(**chosen).for_family("encoder", options.hidden or 768)
     count, tokens = config.num_anchors, config.num_tokens
     assert count is not None and tokens is not None
-    bases = [encoder_block(options, number) for number in range(options.blocks)]
-    source = fine_tune(bases[0], 0)
-    start = start_of(source, count, tokens, 0)
-    plain(bases[0], source, start, 3, "highest")
-    construct(bases[0], source, start, config, config.precision)  # the first calls of a process are slower
+    base, own = random_encoder(options), 0.0
+    settings = {**chosen, "position_embeddings": False, "device": device, "quiet": True}
+    FunctionalDualAnchors.construct(base, fine_tune(base, -1), **settings)  # the first calls of a process are slower
     losses: list[float] = []
-    own = 0.0
-    for at, base in enumerate(bases):
-        for number in range(options.sources):
-            tuned = fine_tune(base, number)
-            begin = start_of(tuned, count, tokens, number)
-            made: list[UnitAnchors] = []
+    for number in range(options.sources):
+        tuned = fine_tune(base, number)
+        made: list[FunctionalDualAnchors] = []
 
-            def work(base: Any = base, tuned: Any = tuned, begin: Tensor = begin, made: Any = made) -> None:
-                made.append(construct(base, tuned, begin, config, config.precision))
+        def work(tuned: Any = tuned, made: Any = made, number: int = number) -> None:
+            made.append(FunctionalDualAnchors.construct(base, tuned, seed=number, **settings))
 
-            own += seconds(work, device)
-            losses.append(made[0].loss)
-            print(f"block {at}, source {number}: loss {made[0].loss:.4f}", flush=True)
+        own += seconds(work, device)
+        losses += [made[0][name].loss for name in made[0]]
+        print(f"source {number}: loss {statistics.mean(losses[-options.blocks :]):.4f}", flush=True)
     units = len(losses)
     print(f"package: {units} units of {count} x {tokens}, {config.steps} steps, {config.optimizer}, {config.precision}")
     print(f"  {own:.2f} s, {own / units:.3f} s a unit; loss of the first {losses[0]:.4f}, ", end="")
     print(f"mean {statistics.mean(losses):.4f}, largest {max(losses):.4f}")
+    models: list[Any] = [base, fine_tune(base, 0)]
+    first, source = (copy.deepcopy(model.encoder.layer[0]).to(device) for model in models)
+    start = start_of(source, count, tokens, 0)
+    plain(first, source, start, 3, "highest")
     for precision in options.plain_precisions:
-        spent, loss = plain(bases[0], source, start, options.plain_steps, precision)
+        spent, loss = plain(first, source, start, options.plain_steps, precision)
         each = spent / options.plain_steps
         whole = each * options.published_steps * units
         print(f"plain loop, {precision}: {options.plain_steps} steps on the first unit, {1000 * each:.2f} ms a step")

@@ -58,7 +58,8 @@ def group_units(
         forms.setdefault(_form(base, unit), []).append(unit)
     found = []
     for alike in forms.values():
-        each = _together(base, config, alike[0], device)
+        count = ceil(len(alike) / _together(base, config, alike[0], device))
+        each = ceil(len(alike) / count)  # as evenly as can be
         found += [tuple(alike[first : first + each]) for first in range(0, len(alike), each)]
     return tuple(found)
 

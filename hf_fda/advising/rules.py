@@ -219,7 +219,7 @@ RULES: tuple[Rule, ...] = (
             Proposal(
                 "fda",
                 "another start, which fda lifts by 6 points",
-                cells(ADAPTERS, "fda from isotropic 3.0", average="0.834"),
+                cells(ADAPTERS, "fda from isotropic 3.0", average="0.832"),
                 {"initial": "isotropic", "scaling": 3.0},
             ),
         ),

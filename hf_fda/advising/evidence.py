@@ -53,8 +53,8 @@ class Cell:
 def grouped(cells: tuple[Cell, ...]) -> str:
     """Cells in words, each table and each row named once.
 
-    >>> grouped((Cell(DIGITS, "tsv", "mean", "69.7"), Cell(DIGITS, "fda from tsv", "mean", "71.6")))
-    'README.md, Digits: tsv, mean 69.7; fda from tsv, mean 71.6'
+    >>> grouped((Cell(DIGITS, "tsv", "mean", "69.7"), Cell(DIGITS, "fda from tsv", "mean", "71.8")))
+    'README.md, Digits: tsv, mean 69.7; fda from tsv, mean 71.8'
     """
     by_table: Mapping[str, dict[str, list[str]]] = {str(cell.table): {} for cell in cells}
     for cell in cells:

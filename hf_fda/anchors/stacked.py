@@ -92,7 +92,7 @@ def _faithful(pairs: Sequence[UnitPair], matched: Sequence[Matched], kind: Dista
         samples.append(sample)
     try:
         found = _matcher(modules, pairs[0].call.to(torch.float64), tasks, kind)(torch.stack(samples))
-    except (RuntimeError, TypeError, ValueError):  # a module used a stack of parameters otherwise than as one
+    except Exception:  # what a module does with a stack of its parameters is its own
         return False
     return bool(((found - torch.stack(alone)).abs() < FAITHFUL).all())
 

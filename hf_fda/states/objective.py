@@ -39,11 +39,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def output(self, module: nn.Module, rows: Tensor, positions: int | None = None) -> Tensor:
-        """What a unit gives on some rows, or on their first positions: (b, T, d')."""
-        call = self.call if positions is None else self.call.cut(positions)
-        return call.at(rows)(module, self.inputs.at(rows, positions))
-
     def reach(self, rows: Tensor) -> int | None:
         """How many positions a call on some rows needs; None for all.
 
@@ -185,11 +180,22 @@ class StatesObjective:
             call: unused: each source's examples have their own.
             batch: from `batches`.
         """
-        return torch.stack([self._distance(module, share) for share in batch]).sum()
+        together: dict[tuple[int, int | None], list[Share]] = {}
+        for share in batch:  # anchors of all sources are called alike
+            together.setdefault((id(self.examples[share.number].call), share.positions), []).append(share)
+        return torch.stack([self._distances(module, shares) for shares in together.values()]).sum()
 
-    def _distance(self, module: nn.Module, share: Share) -> Tensor:
+    def _distances(self, module: nn.Module, shares: Sequence[Share]) -> Tensor:
+        """The distance summed over shares of one call and as many positions, which run together."""
+        whole, positions = self.examples[shares[0].number].call, shares[0].positions
+        call = (whole if positions is None else whole.cut(positions)).at(torch.cat([share.rows for share in shares]))
+        inputs = torch.cat([self.examples[share.number].inputs.at(share.rows, positions) for share in shares])
+        outputs = call(module, inputs).split([len(share.rows) for share in shares])
+        return torch.stack([self._distance(*pair) for pair in zip(shares, outputs, strict=True)]).sum()
+
+    def _distance(self, share: Share, output: Tensor) -> Tensor:
         own, rows, positions = self.examples[share.number], share.rows, share.positions
-        output, target = own.output(module, rows, positions), own.targets.at(rows, positions)
+        target = own.targets.at(rows, positions)
         real = own.targets.real_at(rows, positions)
         if self.kind == "cosine":
             return distance("cosine", output * real[..., None], target) * len(rows)

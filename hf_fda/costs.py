@@ -193,8 +193,8 @@ def adaptation(
 
 
 def propagation(base: Checkpoint, unit: Unit, shown: Shown, before: int) -> Work:
-    """Passes over the units before one, which make the hidden states that it takes in the merged model, and over itself
-    and the source's own unit.
+    """Passes over the unit before one, in front of which hidden states are held, for those that it takes in the merged
+    model, and over itself and the source's own unit.
 
     Args:
         base: whose units they are.
@@ -202,7 +202,7 @@ def propagation(base: Checkpoint, unit: Unit, shown: Shown, before: int) -> Work
         shown: the real hidden states of all sources.
         before: how many units lie before it.
     """
-    return Work(flops=(before + 2) * 2 * shown.vectors * active_entries(base, unit.tensors))
+    return Work(flops=(min(before, 1) + 2) * 2 * shown.vectors * active_entries(base, unit.tensors))
 
 
 def distillation(base: Checkpoint, config: DistillConfig, unit: Unit, sources: int, shown: Shown) -> Work:

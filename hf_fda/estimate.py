@@ -55,6 +55,7 @@ def _unit_stages(plan: Plan, config: UnitwiseConfig) -> list[int]:
         found.append(states.recording(plan.units) + recording_bytes(inputs, plan.units, states.positions))
         each = max(outputs(inputs.base, unit.tensors) for unit in plan.units)
         batch = int(4 * KEPT * each * (config.batch_size or 0) * states.positions)
+        batch += states.held if plan.propagates else 0
     if isinstance(config, FDAConfig):
         beside = states.learning(2 if plan.propagates else 1) + batch if states.vectors else 0
         anchored = any(plan.anchored(source) for source in inputs.sources)

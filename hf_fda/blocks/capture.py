@@ -70,7 +70,14 @@ class UnitCall:
     def like(self, other: UnitCall) -> bool:
         """Whether another call gives a unit the same beside its hidden states."""
         facts, others = ((own.batched, own.hidden, own.size, own.tokens, own.folded) for own in (self, other))
-        return facts == others and _same_beside_hidden(self.arguments, other.arguments)
+        (leaves, tree), (theirs, structure) = self._beside_hidden(), other._beside_hidden()
+        return facts == others and tree == structure and all(map(_equal, leaves, theirs))
+
+    def _beside_hidden(self) -> tuple[list[Any], Any]:
+        """The arguments but for the hidden states, as leaves of a tree."""
+        args, kwargs = self.arguments
+        positional = [None if at == self.hidden else value for at, value in enumerate(args)]
+        return tree_flatten((positional, {name: value for name, value in kwargs.items() if name != self.hidden}))
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run `module` on x (n, T, d)."""

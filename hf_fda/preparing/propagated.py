@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.states.lessons import Lesson
 from hf_fda.states.pieces import Recordings, path_in
-from hf_fda.states.recording import StatesRecorder
+from hf_fda.states.recording import HELD_BYTES, Followed, StatesRecorder
 from hf_fda.states.unit_states import UnitStates
 from hf_fda.store import key_of
 from hf_fda.unit_files import BLOCKS
@@ -58,9 +58,19 @@ class MergedWeights:
         return self.source.checkpoint.read(name) if own is None else self.merged(own)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How far a source's rows have come through the merged model: the unit they are in front of, and their hidden
+    states (b, T, d) there, on the CPU, for each part of the rows."""
+
+    unit: Unit
+    hidden: list[Tensor]
+
+
 class Propagated:
-    """Hidden states of the merged model. They are not kept: for each unit they are computed from the rows again. That
-    costs as many passes over a block as there are blocks after it, which is little against the passes of training.
+    """Hidden states of the merged model. In front of each block they are held until the next one is there, which the
+    rows then enter where they were. Without them, after an interruption, or where a model hands on more than its hidden
+    states or they are too large, rows run through all blocks before.
 
     Args:
         run: of a plan whose units are merged in the order of the model.
@@ -75,6 +85,8 @@ class Propagated:
         self.run, self.units, self.recordings, self.adapted = run, list(units), recordings, adapted
         self.plan, self.base = run.plan, run.plan.inputs.base
         self.unit_of = {name: unit for unit in units for name in unit.tensors}
+        self.reached: dict[str, Reached] = {}
+        self.winding: set[str] = set()
 
     def before(self, unit: Unit) -> list[Unit]:
         """The units that are merged before one."""
@@ -82,12 +94,41 @@ class Propagated:
 
     def lesson(self, source: AlignedSource, unit: Unit) -> Lesson:
         """What a unit learns from a source with rows; the units before it are done."""
+        own, reached = self.recordings.of(source.name, unit), self.reached.pop(source.name, None)
+        found = None
+        if reached is not None and [reached.unit] == self.before(unit)[-1:]:
+            found = self._run(source, unit, reached)
+            if not all(part.straight for part in found) or not _together(found).call.like(own.call):
+                self.winding.add(source.name)
+                found = None
+        found = found or self._run(source, unit, None)
+        hidden = [part.hidden for part in found if part.hidden is not None]
+        if len(hidden) == len(found):
+            self.reached[source.name] = Reached(unit, hidden)
+        return Lesson(source, own, _together(found))
+
+    def _run(self, source: AlignedSource, unit: Unit, reached: Reached | None) -> list[Followed]:
+        """A source's rows in front of a unit, part by part: from where they are, or from the beginning."""
         done = self.before(unit)
         model = MergedWeights(source, lambda name: self._merged(name, done))
-        recorder = StatesRecorder(model, {unit.name: path_in(source, unit)}, self.plan.device)
-        rows = self.run.rows(source.name)
-        parts = [recorder.record(rows, numbers)[unit.name] for numbers in self.recordings.parts[source.name]]
-        return Lesson(source, self.recordings.of(source.name, unit), UnitStates.together(parts))
+        entry = None if reached is None else path_in(source, reached.unit)
+        recorder = StatesRecorder(model, {unit.name: path_in(source, unit)}, self.plan.device, entry)
+        rows, parts = self.run.rows(source.name), self.recordings.parts[source.name]
+        starts = [None] * len(parts) if reached is None else reached.hidden
+        room, found = self._room(source, unit), []
+        for numbers, start in zip(parts, starts, strict=True):
+            part = recorder.follow(rows, numbers, start)
+            assert part.hidden is not None
+            room -= part.hidden.nbytes
+            found.append(part if room >= 0 else replace(part, hidden=None))
+        return found
+
+    def _room(self, source: AlignedSource, unit: Unit) -> int:
+        """Bytes of hidden states in front of a unit that may be held for the next one."""
+        last = unit == self.units[-1] or source.name in self.winding
+        if last or self.base.config.is_encoder_decoder or any(own.name != own.block for own in self.units):
+            return 0
+        return HELD_BYTES - sum(own.nbytes for reached in self.reached.values() for own in reached.hidden)
 
     @cached_property
     def key(self) -> str:
@@ -128,3 +169,7 @@ class Propagated:
             found = self.adapted(name)
             return found if isinstance(found, Tensor) else self.base.read(name) + found.dense()
         return self.base.read(name)
+
+
+def _together(found: Sequence[Followed]) -> UnitStates:
+    return UnitStates.together([part.states for part in found])

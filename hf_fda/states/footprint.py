@@ -11,7 +11,7 @@ from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
-from hf_fda.states.recording import PART_BYTES
+from hf_fda.states.recording import HELD_BYTES, PART_BYTES
 
 TEXT_POSITIONS = 128
 """Positions that a text is taken to have, where it may have so many: rows are encoded only when the merge runs."""
@@ -65,3 +65,8 @@ class StatesFootprint:
         single precision, and a metric for each source."""
         metrics = 4 * len(self.vectors) * self.width**2
         return copies * self.recorded + 2 * 2 * self.recorded + metrics
+
+    @property
+    def held(self) -> int:
+        """Bytes of the merged model's hidden states that are held from one unit to the next, in single precision."""
+        return min(HELD_BYTES, 2 * self.recorded)

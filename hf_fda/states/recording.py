@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_fda.blocks import find_blocks
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.blocks.streamed import Weights, stream_weights
 from hf_fda.checkpoint.layout import meta_model
@@ -24,9 +26,22 @@ TOKENS = 16_384
 PART_BYTES = 2**29
 """Hidden states of all units that are held at a time, in half precision."""
 
+HELD_BYTES = 2**30
+"""Hidden states of the merged model, in single precision, that are held from one unit to the next."""
+
 
 class _AllSeen(Exception):
     """Every unit was called; what follows need not run."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The states of a unit on some rows; the hidden states (b, T, d) of all rows that ran, as the unit takes them, on
+    the CPU (None where nobody wants them); and whether they are just what the block where the rows entered gave."""
+
+    states: UnitStates
+    hidden: Tensor | None
+    straight: bool
 
 
 class StatesRecorder:
@@ -36,14 +51,28 @@ class StatesRecorder:
         weights: the model.
         units: paths of units in this model, by the name to record them under.
         device: where to run, and where what is recorded lies.
+        entry: the path of a block where rows enter the model with hidden states that are given (`follow`): what blocks
+            before it do is left out.
     """
 
-    def __init__(self, weights: Weights, units: Mapping[str, str], device: torch.device) -> None:
+    def __init__(
+        self, weights: Weights, units: Mapping[str, str], device: torch.device, entry: str | None = None
+    ) -> None:
         self.device, self.units = device, dict(units)
         self.decodes = bool(weights.layout.config.is_encoder_decoder)
         self.decoding = {name for name, path in units.items() if self.decodes and "decoder" in path}
         model = meta_model(weights.layout.config, weights.layout.model_class)
-        stream_weights(model, weights, device)
+        blocks = find_blocks(model)
+        skipped = blocks[: blocks.index(entry)] if entry is not None else ()
+        for block in skipped:
+            model.get_submodule(block).forward = lambda *args, **kwargs: _taken_apart(args, kwargs)[1]
+        stream_weights(model, weights, device, skipped)
+        self.entering: Tensor | None = None
+        self.left: Any = None
+        if entry is not None:
+            module = model.get_submodule(entry)
+            module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+            module.register_forward_hook(self._leave)
         self.body: Any = model.base_model
         self.takes = inspect.signature(self.body.forward).parameters
         self.seen: dict[str, tuple[Any, Any]] = {}
@@ -62,6 +91,14 @@ class StatesRecorder:
 
         return record
 
+    def _enter(self, _module: Any, args: Any, kwargs: Any) -> Any:
+        if self.entering is None:
+            return None
+        return ((self.entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.entering})
+
+    def _leave(self, _module: Any, _args: Any, output: Any) -> None:
+        self.left = output
+
     @torch.no_grad()
     def record(self, rows: TaskRows, numbers: Sequence[int]) -> dict[str, UnitStates]:
         """What every unit is called with on some rows, by its name.
@@ -73,15 +110,39 @@ class StatesRecorder:
         Raises:
             RunError: naming the unit, when it does not run once on every row.
         """
+        found = self._record(rows, numbers, None)
+        self.seen.clear()
+        return found
+
+    @torch.no_grad()
+    def follow(self, rows: TaskRows, numbers: Sequence[int], hidden: Tensor | None) -> Followed:
+        """As `record`, of one unit, from the hidden states with which rows enter the model; with what it takes to go on
+        from the unit.
+
+        Args:
+            rows: of the model's task.
+            numbers: which of them.
+            hidden: those that `follow` gave for the entry on the same rows; None where the model has no entry.
+        """
+        (found,) = self._record(rows, numbers, hidden).values()
+        ((args, kwargs),) = self.seen.values()
+        self.seen.clear()
+        reached = _taken_apart(args, kwargs)[1]
+        straight = hidden is None or (isinstance(self.left, Tensor) and torch.equal(self.left, reached))
+        self.left = None
+        return Followed(found, reached.cpu(), straight)
+
+    def _record(self, rows: TaskRows, numbers: Sequence[int], hidden: Tensor | None) -> dict[str, UnitStates]:
         together = [*numbers, *companions(rows, len(numbers))]
         shorter = self._shorter_sizes(rows)
+        self.entering = None if hidden is None else hidden.to(self.device)
         given = self._run(rows, together)
+        self.entering = None
         shared: dict[int, Tensor] = {}
         found = {}
         for name in self.units:
             real = _real(given, "decoder_" if name in self.decoding else "", rows, together)
             found[name] = _states(name, self.seen[name], real, len(numbers), shared, shorter.get(name))
-        self.seen.clear()
         return found
 
     def _run(self, rows: TaskRows, numbers: Sequence[int]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from hf_fda.prediction import Speed, predict
 from hf_fda.states import StatesRecorder, UnitStates, objective
 from hf_fda.states.files import read_states, save_states
 from hf_fda.states.objective import Examples, StatesObjective, alike, outputs
-from hf_fda.states.recording import companions, parts_of_rows
+from hf_fda.states.rows_together import companions, parts_of_rows
 from hf_fda.states.unit_states import Ragged, compact, held
 from hf_fda.store import WORK
 

@@ -12,7 +12,8 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.data.rows import TaskRows
 from hf_fda.states import UnitStates
 from hf_fda.states.pieces import path_in
-from hf_fda.states.recording import StatesRecorder, parts_of_rows
+from hf_fda.states.recording import StatesRecorder
+from hf_fda.states.rows_together import parts_of_rows
 
 
 def real_states(

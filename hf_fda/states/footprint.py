@@ -11,7 +11,8 @@ from hf_fda.data.opening import OpenedData
 from hf_fda.inputs import Inputs
 from hf_fda.merge_methods import FDAConfig
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
-from hf_fda.states.recording import HELD_BYTES, PART_BYTES
+from hf_fda.states.recording import HELD_BYTES
+from hf_fda.states.rows_together import PART_BYTES
 
 TEXT_POSITIONS = 128
 """Positions that a text is taken to have, where it may have so many: rows are encoded only when the merge runs."""

@@ -12,7 +12,8 @@ from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.states.files import read_states, save_states
-from hf_fda.states.recording import StatesRecorder, parts_of_rows
+from hf_fda.states.recording import StatesRecorder
+from hf_fda.states.rows_together import parts_of_rows
 from hf_fda.states.unit_states import UnitStates
 from hf_fda.store import WORK, key_of
 from hf_fda.version import versions

@@ -4,9 +4,10 @@
 
 The plain form keeps K coefficient tensors for each parameter in torch.optim.Adam, sums ``theta_0 + sum alpha_k tau_k``
 before each step and hands it the gradients ``tau_k g``. `CoefficientAdam` keeps one pair of moments and the sum of the
-task vectors' magnitudes. Both take steps in turn from the same gradients; then whole steps, with the block's forward
-and backward pass, are timed in turn. Theta differs where a coefficient's gradient is as small as Adam's epsilon, which
-the plain form adds to it and `CoefficientAdam` to the gradient of theta.
+task vectors' magnitudes. Both take whole steps in turn, with the block's forward and backward pass, which are timed
+apart; a third block takes them as `adapt_unit` does by default, with products at precision "medium". Theta differs
+where a coefficient's gradient is as small as Adam's epsilon, which the plain form adds to it and `CoefficientAdam` to
+the gradient of theta.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from hf_fda.anchors import CoefficientAdam
 from hf_fda.anchors.distance import distance
+from hf_fda.anchors.precision import matmul_precision
+from hf_fda.anchors.products import NarrowProducts
 from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
 from hf_fda.checkpoint import ModelCheckpoint
 
@@ -86,20 +89,25 @@ def main() -> None:
     x = torch.randn(options.batch, 5, call.size, device=device, dtype=dtype)
     target = call(module, x + 0.1 * torch.randn_like(x)).detach()
 
-    blocks = {name: copy.deepcopy(module).requires_grad_(True) for name in ("plain", "own")}
+    blocks = {name: copy.deepcopy(module).requires_grad_(True) for name in ("plain", "own", "medium")}
     for block in blocks.values():
         for parameter, start, own in zip(block.parameters(), base, tasks, strict=True):
             parameter.data.copy_(start + LAMBDA * sum(own))
     parameters = {name: list(block.parameters()) for name, block in blocks.items()}
     plain = PlainAdam([parameter.data for parameter in parameters["plain"]], base, tasks)
     scales = [torch.stack(own).abs().sum(0) for own in tasks]
-    own_adam = CoefficientAdam([parameter.data for parameter in parameters["own"]], scales, LEARNING_RATE)
-    steppers: dict[str, Any] = {"plain": plain, "own": own_adam}
-    times: dict[str, list[tuple[float, float]]] = {"plain": [], "own": []}
+    own_adam, medium_adam = (
+        CoefficientAdam([parameter.data for parameter in parameters[name]], scales, LEARNING_RATE)
+        for name in ("own", "medium")
+    )
+    steppers: dict[str, Any] = {"plain": plain, "own": own_adam, "medium": medium_adam}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steppers}
 
     def gradients(name: str) -> list[Tensor]:
-        loss = distance("mse", call(blocks[name], x), target) * target.numel()
-        return list(torch.autograd.grad(loss, parameters[name], materialize_grads=True))
+        with matmul_precision("medium" if name == "medium" else None, device):
+            with NarrowProducts():
+                loss = distance("mse", call(blocks[name], x), target) * target.numel()
+            return list(torch.autograd.grad(loss, parameters[name], materialize_grads=True))
 
     for _ in range(options.steps):
         for name, stepper in steppers.items():
@@ -116,7 +124,8 @@ def main() -> None:
     print(
         f"state: plain {plain.state_bytes() / 1e6:.1f} MB, own {held / 1e6:.1f} MB: {plain.state_bytes() / held:.1f}x"
     )
-    print(f"optimiser step: plain / own = {alone[0] / alone[1]:.2f}; whole step: {whole[0] / whole[1]:.2f}")
+    print(f"optimiser step: plain / own = {alone[0] / alone[1]:.2f}; whole step: {whole[0] / whole[1]:.2f}, ", end="")
+    print(f"with products at precision medium {whole[0] / whole[2]:.2f}")
     print(f"largest difference of theta after {options.steps} steps: {apart:.1e}, of {moved:.1e} moved")
 
 

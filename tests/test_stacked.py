@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hf_fda
-from hf_fda.anchors import grouping
+from hf_fda.anchors import construction, grouping
 from hf_fda.anchors.construction import construct_units
-from hf_fda.anchors.descent import LossError
+from hf_fda.anchors.descent import UnitError
 from hf_fda.anchors.gradients import Matched, find_matched, task_vectors
 from hf_fda.anchors.grouping import construction_bytes, group_units
 from hf_fda.anchors.orthogonal import orthogonalize
+from hf_fda.anchors.precision import fine_enough
 from hf_fda.anchors.products import product
 from hf_fda.anchors.smooth import Norm
 from hf_fda.anchors.stacked import StackedCall, UnitPair, match_together, stack
@@ -132,8 +133,16 @@ def test_anchors_constructed_together_are_those_constructed_alone(options: dict[
         assert all(torch.allclose(own.snapshots[step], x) for step, x in alone.snapshots.items())
 
 
-def test_units_among_them_that_did_not_move_or_moved_elsewhere_are_constructed_all_the_same() -> None:
-    pairs = pairs_of("bert")
+def test_units_among_them_that_did_not_move_or_moved_elsewhere_are_constructed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs, changes = pairs_of("bert"), []
+
+    def noted(precision: Any, change: float, device: torch.device) -> Any:
+        changes.append(change)
+        return fine_enough(precision, change, device)
+
+    monkeypatch.setattr(construction, "fine_enough", noted)
     pairs[0] = replace(pairs[0], source=copy.deepcopy(pairs[0].base))
     same = dict(pairs[1].source.named_parameters())["output.LayerNorm.bias"]
     same.data.copy_(dict(pairs[1].base.named_parameters())["output.LayerNorm.bias"])
@@ -141,6 +150,7 @@ def test_units_among_them_that_did_not_move_or_moved_elsewhere_are_constructed_a
     assert still.steps == 0 and not still.moves and torch.equal(still.anchors, pairs[0].start)
     assert "output.LayerNorm.bias" in other.left_out and "output.LayerNorm.bias" not in usual.left_out
     assert other.steps == usual.steps == 12
+    assert min(changes) > 0, "what did not move says nothing of the precision that others need"
 
 
 def test_each_unit_stops_where_its_own_loss_stalls() -> None:
@@ -153,11 +163,16 @@ def test_each_unit_stops_where_its_own_loss_stalls() -> None:
     assert all(torch.allclose(own.anchors, one.anchors, atol=1e-6) for own, one in zip(together, alone, strict=True))
 
 
-def test_the_unit_whose_loss_breaks_is_named() -> None:
+def test_the_unit_that_breaks_is_named() -> None:
     pairs = pairs_of("bert", count=2)
+    broken = replace(pairs[1], source=copy.deepcopy(pairs[1].source))
+    next(broken.source.parameters()).data.fill_(torch.inf)
+    with pytest.raises(UnitError, match="not finite") as found:
+        construct_units([pairs[0], broken], **DESCENT)
+    assert found.value.number == 1
     long = [replace(pair, start=torch.cat([pair.start, pair.start])) for pair in pairs]
     long[1].start[-1] = torch.nan  # beyond the anchors that are tried first
-    with pytest.raises(LossError, match="construction loss is nan") as found:
+    with pytest.raises(UnitError, match="construction loss is nan") as found:
         construct_units(long, **DESCENT)
     assert found.value.number == 1
 

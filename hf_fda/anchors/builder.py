@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fda.anchors.construction import UnitAnchors, construct_units
-from hf_fda.anchors.descent import LossError
+from hf_fda.anchors.descent import UnitError
 from hf_fda.anchors.grouping import group_units
 from hf_fda.anchors.initialization import initial_anchors
 from hf_fda.anchors.stacked import UnitPair
@@ -77,7 +77,7 @@ class AnchorBuilder:
         another group is asked for.
 
         Raises:
-            RunError: naming unit and source, when the loss becomes infinite or not a number.
+            RunError: naming unit and source, when gradients are not finite or the loss is not.
         """
         wanted = source.name, unit.name
         if wanted not in self._made:
@@ -86,7 +86,7 @@ class AnchorBuilder:
             pairs = [self._pair(source, one) for one in group]
             try:
                 found = construct_units(pairs, **self.config.descent(), snapshots=self.snapshots, report=report)
-            except LossError as error:
+            except UnitError as error:
                 raise RunError(f"block '{group[error.number].name}', source '{source.name}': {error}") from None
             self._made = {(source.name, one.name): own for one, own in zip(group, found, strict=True)}
         return self._made.pop(wanted)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_fda.anchors.descent import Descent, LossError, Reached
+from hf_fda.anchors.descent import Descent, Reached, UnitError
 from hf_fda.anchors.gradients import Matched, find_matched, gradient_cosines, task_vectors
 from hf_fda.anchors.orthogonal import make_stepper
 from hf_fda.anchors.outputs import Matcher
 from hf_fda.anchors.precision import fine_enough, matmul_precision
 from hf_fda.anchors.stacked import UnitPair, match_together
 from hf_fda.blocks.capture import UnitCall
+from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import Distance, Optimizer, Precision
 
 if TYPE_CHECKING:
@@ -101,32 +102,36 @@ def construct_units(
         report: called with (step, loss) now and then, of several units their mean loss.
 
     Raises:
-        LossError: when the loss of a unit becomes infinite or not a number.
+        UnitError: when a unit's gradients are not finite, or its loss becomes infinite or not a number.
     """
     changes = [task_vectors(pair.base, pair.source) for pair in pairs]
-    matched = [
-        find_matched(pair.base, pair.source, change, pair.call, pair.start + pair.shift, kind)
-        for pair, change in zip(pairs, changes, strict=True)
-    ]
+    matched = [_matched(number, pair, changes[number], kind) for number, pair in enumerate(pairs)]
     reached = [Reached(pair.start, 0) for pair in pairs]
-    least = min(_change(pair.base, change) for pair, change in zip(pairs, changes, strict=True))
     moving = [number for number, own in enumerate(matched) if own.tasks and steps]
     for matcher, numbers in _matchers(pairs, matched, moving, kind):
         chosen = [pairs[number] for number in numbers]
+        least = min(_change(pairs[number].base, changes[number]) for number in numbers)
         x = torch.stack([pair.start for pair in chosen]).requires_grad_(True)
         shift = torch.stack([pair.shift for pair in chosen]).unsqueeze(1)
         descent = Descent(matcher, x, shift, make_stepper(optimizer, x, learning_rate, steps), snapshots)
         with matmul_precision(fine_enough(precision, least, x.device), x.device):
             try:
                 ends = descent.run(steps, patience if optimizer == "adamw" else None, report)
-            except LossError as error:
-                raise LossError(numbers[error.number], str(error)) from None
+            except UnitError as error:
+                raise UnitError(numbers[error.number], str(error)) from None
         for number, end in zip(numbers, ends, strict=True):
             reached[number] = end
     return [
         _finished(pair, change, own, end, kind, 0 in snapshots)
         for pair, change, own, end in zip(pairs, changes, matched, reached, strict=True)
     ]
+
+
+def _matched(number: int, pair: UnitPair, change: Mapping[str, Tensor], kind: Distance) -> Matched:
+    try:
+        return find_matched(pair.base, pair.source, change, pair.call, pair.start + pair.shift, kind)
+    except RunError as error:
+        raise UnitError(number, str(error)) from None
 
 
 def _matchers(

@@ -17,8 +17,8 @@ CHECK_EVERY = 10
 """Steps between looks at the loss: each look makes the device wait."""
 
 
-class LossError(RunError):
-    """A unit's loss is no number any more; `number` is the unit's among those that are constructed together."""
+class UnitError(RunError):
+    """Why a unit's anchors cannot be constructed; `number` is the unit's among those that are constructed together."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class Descent:
         """All steps, or those until every unit's loss has stalled; arguments as of `construct_units`.
 
         Raises:
-            LossError: when a unit's loss becomes infinite or not a number.
+            UnitError: when a unit's loss becomes infinite or not a number.
         """
         moving = torch.ones_like(self.best, dtype=torch.bool)
         for done in range(1, steps + 1):
@@ -90,7 +90,7 @@ class Descent:
                 continue
             if not math.isfinite(loss):
                 what = f"the construction loss is {loss} at step {done - 1}; try a smaller learning_rate"
-                raise LossError(number, what)
+                raise UnitError(number, what)
             self.histories[number].append(best)
             if patience is not None and stalled(self.histories[number], patience // CHECK_EVERY):
                 self.ended[number] = done

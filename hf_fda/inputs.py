@@ -41,9 +41,9 @@ class Source:
         return self.weights is not None or (self.anchors is not None and self.anchors.info.rest is not None)
 
     def has(self, unit: Unit) -> bool:
-        """Whether the source has a unit of the base (a vision fine-tune of a CLIP lacks the text tower)."""
+        """Whether the source has a unit of the base."""
         if self.weights is not None:
-            return all(name in self.weights.tensor_of for name in unit.tensors)
+            return self.weights.has(unit.tensors)
         return self.anchors is not None and unit.name in self.anchors
 
 

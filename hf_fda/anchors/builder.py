@@ -81,7 +81,7 @@ class AnchorBuilder:
         """
         wanted = source.name, unit.name
         if wanted not in self._made:
-            group = self.groups[unit.name]
+            group = [one for one in self.groups[unit.name] if source.has(one.tensors)]
             self._made = {}  # before others are made
             pairs = [self._pair(source, one) for one in group]
             try:

@@ -31,6 +31,10 @@ class AlignedSource:
     extra: tuple[str, ...]
     absent: tuple[str, ...]
 
+    def has(self, base_names: Iterable[str]) -> bool:
+        """Whether the source has all of these (a vision fine-tune of a CLIP lacks the text tower)."""
+        return all(name in self.tensor_of for name in base_names)
+
     def read(self, base_name: str, part: slice | None = None) -> Tensor:
         """The source's tensor for one of the base's, on the CPU, as `Checkpoint.read`."""
         return self.checkpoint.read(self.tensor_of[base_name], part)

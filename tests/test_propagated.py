@@ -99,8 +99,7 @@ def test_what_does_not_fit_is_not_held(
     assert [entry is None for entry in entries] == [True, True] + [False, True] * 3
 
 
-@pytest.mark.parametrize("way", ["a tuple", "something between"])
-def test_rows_are_followed_only_where_a_block_hands_on_its_output_alone(way: str) -> None:
+def test_rows_are_followed_only_where_a_block_hands_on_its_output_alone() -> None:
     checkpoint = open_checkpoint(make_model("bert", num_hidden_layers=3))
     first, second = (unit.name for unit in find_units(checkpoint.layout, ("block",))[1:3])
     rows, numbers = rows_for("bert"), list(range(6))
@@ -116,10 +115,13 @@ def test_rows_are_followed_only_where_a_block_hands_on_its_output_alone(way: str
     def between(_module: Any, args: Any, kwargs: Any) -> Any:
         return (2 * args[0], *args[1:]), kwargs
 
-    if way == "something between":
-        module.register_forward_pre_hook(between, prepend=True, with_kwargs=True)
-    else:
-        recorder.body.get_submodule(first.removeprefix("bert.")).register_forward_hook(
-            lambda _module, _args, output: setattr(recorder, "left", (output,))
-        )
+    module.register_forward_pre_hook(between, prepend=True, with_kwargs=True)
     assert not recorder.follow(rows, numbers, hidden).straight
+
+
+@pytest.mark.parametrize(("name", "straight"), [("bert", True), ("deberta-v2", False)])
+def test_a_whole_run_tells_whether_blocks_can_be_left_out(name: str, straight: bool) -> None:
+    checkpoint = open_checkpoint(make_model(name, num_hidden_layers=3))
+    unit = find_units(checkpoint.layout, ("block",))[2].name
+    recorder = StatesRecorder(checkpoint, {unit: unit}, CPU)  # as where an interrupted merge goes on
+    assert recorder.follow(rows_for(name), list(range(6)), None).straight is straight

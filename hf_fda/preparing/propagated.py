@@ -102,8 +102,10 @@ class Propagated:
                 self.winding.add(source.name)
                 found = None
         found = found or self._run(source, unit, None)
+        if not all(part.straight for part in found):  # a block left out would have to give more than it is given
+            self.winding.add(source.name)
         hidden = [part.hidden for part in found if part.hidden is not None]
-        if len(hidden) == len(found):
+        if len(hidden) == len(found) and source.name not in self.winding:
             self.reached[source.name] = Reached(unit, hidden)
         return Lesson(source, own, _together(found))
 

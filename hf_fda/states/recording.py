@@ -32,7 +32,8 @@ class _AllSeen(Exception):
 @dataclass(frozen=True)
 class Followed:
     """The states of a unit on some rows; the hidden states (b, T, d) of all rows that ran, as the unit takes them, on
-    the CPU (None where nobody wants them); and whether they are just what the block where the rows entered gave."""
+    the CPU (None where nobody wants them); and whether blocks that ran gave hidden states alone, and the one where rows
+    entered these."""
 
     states: UnitStates
     hidden: Tensor | None
@@ -64,6 +65,9 @@ class StatesRecorder:
         stream_weights(model, weights, device, skipped)
         self.entering: Tensor | None = None
         self.left: Any = None
+        self.plain = True
+        for block in blocks:
+            model.get_submodule(block).register_forward_hook(self._look)
         if entry is not None:
             module = model.get_submodule(entry)
             module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
@@ -90,6 +94,9 @@ class StatesRecorder:
         if self.entering is None:
             return None
         return ((self.entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.entering})
+
+    def _look(self, _module: Any, _args: Any, output: Any) -> None:
+        self.plain = self.plain and isinstance(output, Tensor)
 
     def _leave(self, _module: Any, _args: Any, output: Any) -> None:
         self.left = output
@@ -123,7 +130,7 @@ class StatesRecorder:
         ((args, kwargs),) = self.seen.values()
         self.seen.clear()
         reached = _taken_apart(args, kwargs)[1]
-        straight = hidden is None or (isinstance(self.left, Tensor) and torch.equal(self.left, reached))
+        straight = self.plain and (hidden is None or torch.equal(self.left, reached))
         self.left = None
         return Followed(found, reached.cpu(), straight)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_fda.anchors import AnchorBuilder, Moves, UnitAnchors, adapt_unit
 from hf_fda.anchors.adaptation import Aim, objective_of
 from hf_fda.blocks import Unit, UnitCall
-from hf_fda.errors import RunError
+from hf_fda.errors import PeerError, RunError
 from hf_fda.lowrank import Budget, LowRank, factorise
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.distill import DistillConfig
@@ -20,6 +20,7 @@ from hf_fda.merge_methods.task_arithmetic import TaskArithmeticConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import Progress, logger
 from hf_fda.randomness import random_stream
+from hf_fda.shared_sum import SharedSum
 from hf_fda.states.lessons import Lesson
 from hf_fda.states.objective import Examples, StatesObjective, matched, shown
 from hf_fda.states.unit_states import Ragged
@@ -36,7 +37,8 @@ def adapted_unit(
     unit: Unit,
     found: Sequence[UnitAnchors],
     progress: Progress,
-    lessons: Sequence[Lesson] = (),
+    lessons: Sequence[Lesson | None] = (),
+    adding: SharedSum | None = None,
 ) -> AdaptedUnit:
     """One merged unit, in float32 on the CPU.
 
@@ -47,24 +49,28 @@ def adapted_unit(
         unit: which.
         found: its anchors for every source that is matched on them.
         progress: whom to tell.
-        lessons: its hidden states for every source that is matched on rows.
+        lessons: its hidden states for every source that is matched on rows; None where another process matches it.
+        adding: which process matches what: an item for each of `lessons`, and one for all anchors. One alone if None.
 
     Raises:
         RunError: naming the unit, when the loss becomes infinite or not a number.
+        PeerError: when another process ended or failed.
     """
     config = plan.config
     assert isinstance(config, FDAConfig) and config.epochs is not None and config.batch_size is not None
     assert config.adaptation_learning_rate is not None and config.interpolation is not None
     module, call = builder.load(plan.inputs.base.read, unit), builder.capture.calls[unit.name]
     moved = [anchors for anchors in found if anchors.moves]
+    adding = adding or SharedSum.alone(len(lessons) + 1)
     real = _on_states(config, module, builder, unit, lessons, vectors)
-    if not moved and not real:  # steps would only follow rounding noise
+    shown = bool(adding.total(torch.tensor(sum(own is not None for own in real))))
+    if not moved and not shown:  # steps would only follow rounding noise
         moves = move_to_start(config, module, unit, vectors, plan.ranks)
         there = {path: value.detach().cpu() for path, value in module.named_parameters() if path not in moves.factors}
         return AdaptedUnit(_named(unit, there, moves.factors))
     try:
-        if real:
-            objective: Aim = _mixed(config, module, call, moved, real, plan.device)
+        if shown:
+            objective: Aim = _mixed(config, module, call, moved, real, adding, plan.device)
         else:
             objective = objective_of(config, module, call, moved, plan.device)
         adapted = adapt_unit(
@@ -78,11 +84,13 @@ def adapted_unit(
             batch_size=config.batch_size,
             generator=random_stream(plan.seed, "batches", unit.name),
             interpolation=config.interpolation,
-            frozen=_frozen(config, unit, [] if real else moved, vectors),
-            never_worse=bool(real),
+            frozen=_frozen(config, unit, [] if shown else moved, vectors),
+            never_worse=shown,
             precision=config.precision,
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
         )
+    except PeerError:
+        raise
     except RunError as error:
         raise RunError(f"block '{unit.name}': {error}") from None
     logger.debug("%s: distance %.4g before, %.4g after", unit.name, adapted.loss_before, adapted.loss_after)
@@ -110,16 +118,18 @@ def _on_states(
     module: nn.Module,
     builder: AnchorBuilder,
     unit: Unit,
-    lessons: Sequence[Lesson],
+    lessons: Sequence[Lesson | None],
     vectors: TaskVectors,
-) -> list[Examples]:
+) -> list[Examples | None]:
     """What a unit shall match on rows, for the sources that move it, from the base's unit."""
-    examples = []
+    examples: list[Examples | None] = []
     for lesson in lessons:
+        if lesson is None:
+            examples.append(None)
+            continue
         found = shown(module, builder.load(lesson.source.read, unit), lesson.to(builder.device), _power(config))
         vectors.note_move(lesson.source.name, partial(bool, found is not None))
-        if found is not None:
-            examples.append(found)
+        examples.append(found)
     return examples
 
 
@@ -128,14 +138,20 @@ def _mixed(
     module: nn.Module,
     call: UnitCall,
     found: Sequence[UnitAnchors],
-    real: Sequence[Examples],
+    real: Sequence[Examples | None],
+    adding: SharedSum,
     device: torch.device,
 ) -> StatesObjective:
     """What a unit shall match, on real hidden states and on anchors."""
     assert config.adaptation_distance is not None
-    pairs = [[Ragged.whole(values.to(device)) for values in (own.anchors, own.targets)] for own in found]
-    anchors = [matched(module, inputs, call, targets, _power(config)) for inputs, targets in pairs]
-    return StatesObjective(config.adaptation_distance, [*real, *(own for own in anchors if own is not None)])
+
+    def beside(own: UnitAnchors) -> Examples | None:
+        inputs, targets = (Ragged.whole(values.to(device)) for values in (own.anchors, own.targets))
+        return matched(module, inputs, call, targets, _power(config))
+
+    anchors = [beside(own) if adding.mine(len(real)) else None for own in found]
+    items = [*range(len(real)), *[len(real)] * len(anchors)]
+    return StatesObjective(config.adaptation_distance, [*real, *anchors], items, adding)
 
 
 def _power(config: FDAConfig) -> float | None:

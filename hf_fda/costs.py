@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_fda.inputs import Inputs
     from hf_fda.merge_methods import MethodConfig
     from hf_fda.merge_methods.distill import DistillConfig
+    from hf_fda.merge_methods.unitwise import UnitwiseConfig
     from hf_fda.recipes import Output
 
 # The numbers of passes and calls, and the efficiencies in `hf_fda.prediction`, were fitted to the process time of BERT
@@ -276,6 +277,11 @@ def tokens_of(base: Checkpoint, config: FDAConfig) -> int:
     vision = getattr(base.config, "vision_config", base.config)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 5
+
+
+def anchor_positions(base: Checkpoint, config: UnitwiseConfig, sources: int) -> int:
+    """Positions of all anchors of one unit."""
+    return sources * (config.num_anchors or 0) * tokens_of(base, config) if isinstance(config, FDAConfig) else 0
 
 
 def width(base: Checkpoint) -> int:

@@ -12,11 +12,12 @@ from hf_fda.anchors.builder import load_unit
 from hf_fda.anchors.metric import shift_metric
 from hf_fda.blocks import Unit, UnitCall
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.errors import RunError
+from hf_fda.errors import PeerError, RunError
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import logger
 from hf_fda.randomness import random_stream
+from hf_fda.shared_sum import SharedSum
 from hf_fda.states.lessons import Lesson
 from hf_fda.states.objective import Examples, StatesObjective, outputs
 from hf_fda.streaming.taskvectors import TaskVectors
@@ -27,7 +28,8 @@ def distilled_unit(
     plan: Plan,
     vectors: TaskVectors,
     unit: Unit,
-    lessons: Sequence[Lesson],
+    lessons: Sequence[Lesson | None],
+    adding: SharedSum,
     report: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> AdaptedUnit:
     """One merged unit, its tensors by the base's names, in float32 on the CPU.
@@ -36,17 +38,20 @@ def distilled_unit(
         plan: of a merge by "distill".
         vectors: reads base and sources.
         unit: which.
-        lessons: of every source that has it.
+        lessons: of every source that has it; None where another process matches it.
+        adding: which process matches what, its items as `lessons`.
         report: called with (epoch, loss) now and then.
 
     Raises:
         RunError: naming the unit, when the loss becomes infinite or not a number.
+        PeerError: when another process ended or failed.
     """
     config = plan.config
     assert isinstance(config, DistillConfig) and config.distance is not None and config.epochs is not None
     base = plan.inputs.base
     try:
-        aim = StatesObjective(config.distance, [_examples(base, unit, config, own, plan.device) for own in lessons])
+        examples = [None if own is None else _examples(base, unit, config, own, plan.device) for own in lessons]
+        aim = StatesObjective(config.distance, examples, range(len(examples)), adding)
         module = load_unit(base.layout, base.read, unit, plan.device)
         moves = move_to_start(config, module, unit, vectors, {}, torch.float64)
         found: Adapted = adapt_unit(
@@ -63,6 +68,8 @@ def distilled_unit(
             never_worse=True,
             report=report,
         )
+    except PeerError:
+        raise
     except RunError as error:
         raise RunError(f"block '{unit.name}': {error}") from None
     logger.debug("%s: distance %.4g before, %.4g after", unit.name, found.loss_before, found.loss_after)

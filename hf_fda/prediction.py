@@ -23,6 +23,7 @@ from hf_fda.merge_methods import FDAConfig
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.merge_methods.fda import Precision
 from hf_fda.merge_methods.unitwise import UnitwiseConfig
+from hf_fda.shared_sum import largest_share
 from hf_fda.stages import assign
 from hf_fda.states.footprint import StatesFootprint
 
@@ -100,14 +101,9 @@ def predict(plan: Plan, processes: int) -> Prediction:
         precision = plan.anchoring.precision if plan.anchoring is not None else None
         speed = measure_speed(plan.device, _shape(plan), precision)
     constructing = _constructing(plan, plan.anchoring, speed) if plan.anchoring is not None else []
-    adapting: list[float] = []
-    if isinstance(config, UnitwiseConfig):
-        for before, unit in enumerate(plan.units):
-            adapting.append(speed.seconds(_matching(plan, config, unit, before), ADAPTATION_EFFICIENCY))
+    adapting = _adapting(plan, config, speed, processes) if isinstance(config, UnitwiseConfig) else 0.0
     writing = [speed.seconds(costs.writing(inputs, plan.result, shard)) for shard in plan.shards]
-    matching = 1 if plan.propagates else processes  # one after the other
-    stages = (constructing, processes), (adapting, matching), (writing, processes)
-    return Prediction(processes, *(makespan(seconds, count) for seconds, count in stages))
+    return Prediction(processes, makespan(constructing, processes), adapting, makespan(writing, processes))
 
 
 def _constructing(plan: Plan, config: FDAConfig, speed: Speed) -> list[float]:
@@ -117,6 +113,17 @@ def _constructing(plan: Plan, config: FDAConfig, speed: Speed) -> list[float]:
         each = costs.construction(base, config, group[0], len(group))
         found += [len(group) * speed.seconds(each, CONSTRUCTION_EFFICIENCY)] * len(plan.anchors_made)
     return found
+
+
+def _adapting(plan: Plan, config: UnitwiseConfig, speed: Speed, processes: int) -> float:
+    """Seconds of matching all units."""
+    works = [_matching(plan, config, unit, before) for before, unit in enumerate(plan.units)]
+    seconds = [speed.seconds(work, ADAPTATION_EFFICIENCY) for work in works]
+    if not plan.propagates:
+        return makespan(seconds, processes)
+    rows = StatesFootprint.of(plan.inputs, config, plan.data).vectors.values()
+    anchors = costs.anchor_positions(plan.inputs.base, config, len(plan.inputs.sources))
+    return sum(seconds) * largest_share([*rows, anchors], processes, plan.device)
 
 
 def _matching(plan: Plan, config: UnitwiseConfig, unit: Unit, before: int) -> Work:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from torch import distributed
+from torch import Tensor, distributed
 
 from hf_fda.errors import HFFDAError, PeerError, agreed
 from hf_fda.launch import several
@@ -54,11 +54,22 @@ class Team:
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None) -> None:
         self.rank, self.count, self._group = rank, count, group
+        self.near = 1
+        """How many of the first processes are on the main one's machine."""
 
     @property
     def main(self) -> bool:
         """Whether this is the process that speaks and publishes."""
         return self.rank == 0
+
+    def meet(self) -> None:
+        """Find out who is on the main process's machine; all do this at once.
+
+        Raises:
+            PeerError: when another process ended or failed.
+        """
+        hosts = self.gather(socket.gethostname())
+        self.near = next((rank for rank, host in enumerate(hosts) if host != hosts[0]), self.count)
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank; all wait for each other.
@@ -94,6 +105,24 @@ class Team:
             with _peer_errors():
                 distributed.broadcast_object_list(held, src=owner, group=self._group)
         return held[0]
+
+    def swap(self, own: Tensor, other: int) -> Tensor:
+        """The tensor that another process has in this one's place, which gets this one's.
+
+        Args:
+            own: on the CPU; the other's has its shape and type.
+            other: the other process.
+
+        Raises:
+            PeerError: when the other process ended or failed.
+        """
+        taken = torch.empty_like(own)
+        with _peer_errors():
+            sending = distributed.isend(own, other, group=self._group)
+            distributed.recv(taken, other, group=self._group)
+            assert sending is not None
+            sending.wait()
+        return taken
 
     def map(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
         """`function` of every item, in all processes; each calls it for its share of the items.
@@ -154,6 +183,7 @@ def together(device: str | torch.device = "auto") -> Iterator[Team]:
         _groups[key] = distributed.new_group(backend="gloo", timeout=PATIENCE)
     team = Team(distributed.get_rank(), distributed.get_world_size(), _groups[key])
     try:
+        team.meet()
         yield team
     except BaseException as error:
         if not getattr(error, "agreed", False) and key in _groups:

@@ -19,7 +19,8 @@ class Piece:
 
     `label` says what it is; `file` is made, under the key `key`; `cost` is compared with that of other pieces only;
     `make` does the work and gives what writes the file and says its hash. It is also finished where the same lies in
-    `elsewhere`. Pieces of one `group`, where they have one, share work, and one process does them.
+    `elsewhere`. Pieces of one `group`, where they have one, share work, and one process does them. A piece of several
+    `hands` is made by so many processes together, the first ones, and written by the first.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Piece:
     make: Callable[[], Callable[[Path], str]]
     elsewhere: tuple[str, ...] = ()
     group: str | None = None
+    hands: int = 1
 
     def finished(self, store: Store) -> bool:
         """Whether the file is there, undamaged and made from the same; reads it whole."""
@@ -80,8 +82,11 @@ def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, te
     for _ in range(len(pieces) - len(unfinished)):
         progress.finish("what an earlier run finished")
     owners = assign([piece.cost for piece in unfinished], team.count, [piece.group for piece in unfinished])
-    _make([piece for piece, owner in zip(unfinished, owners, strict=True) if owner == team.rank], store, progress)
-    others = [piece for piece, owner in zip(unfinished, owners, strict=True) if owner != team.rank]
+    writers = [owner if piece.hands == 1 else 0 for piece, owner in zip(unfinished, owners, strict=True)]
+    own = [number for number, writer in enumerate(writers) if writer == team.rank]
+    helped = [number for number, piece in enumerate(unfinished) if 0 < team.rank < piece.hands]
+    _make([(unfinished[number], number in own) for number in sorted([*own, *helped])], store, progress)
+    others = [piece for piece, writer in zip(unfinished, writers, strict=True) if writer != team.rank]
     if others:
         progress.now("waiting for the other processes")
     team.wait()
@@ -91,14 +96,18 @@ def work_off(pieces: Sequence[Piece], finished: Sequence[bool], store: Store, te
     team.wait()  # until all have seen the files, which the next stage may move away
 
 
-def _make(pieces: Sequence[Piece], store: Store, progress: Progress) -> None:
-    """Make pieces one after the other; while one is on its way to the disk, the next is made."""
+def _make(pieces: Sequence[tuple[Piece, bool]], store: Store, progress: Progress) -> None:
+    """Make pieces one after the other, and write those that are said to be written here; while one is on its way to the
+    disk, the next is made."""
     with ThreadPoolExecutor(1, "disk") as disk:
         before: Future[Path] | None = None
-        for piece in pieces:
+        for piece, here in pieces:
             progress.now(piece.label)
-            filled = store.fill(piece.file, piece.key, piece.make())
+            write = piece.make()
             release_memory()
+            if not here:
+                continue
+            filled = store.fill(piece.file, piece.key, write)
             if before is not None:
                 before.result()
             before = disk.submit(store.settle, filled)

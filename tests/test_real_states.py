@@ -444,20 +444,21 @@ def test_the_plan_says_what_states_need(method: str, classifiers: Classifiers, t
     assert (seconds[0].construction > 0) == anchored and seconds[0].adaptation < seconds[1].adaptation
 
 
-def test_units_that_follow_each_other_gain_nothing_from_processes(
+def test_units_that_follow_each_other_gain_from_processes_as_sources_are_shared_out(
     classifiers: Classifiers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_fda.prediction.measure_speed", lambda *_: Speed(1e9, 1e9, 1e9, 1e6))
     base, sources = classifiers
     data = {task: loader(number) for number, task in enumerate(sources)}
 
-    def ratio(with_data: str) -> float:
+    def ratio(with_data: str, processes: int = 2) -> float:
         options = {**FDA, "with_data": with_data}
         plan = hf_fda.plan(base, sources, "fda", tmp_path / "out", data=data, device="cpu", **options)
-        one, two = (predict(plan, processes).adaptation for processes in (1, 2))
-        return one / two
+        return predict(plan, 1).adaptation / predict(plan, processes).adaptation
 
-    assert ratio("mixed") == pytest.approx(2) and ratio("propagated") == 1
+    assert ratio("mixed") == pytest.approx(2)
+    assert ratio("propagated") == pytest.approx(1.5, rel=0.01)  # two of three sources, beside few anchors
+    assert ratio("propagated", 4) == ratio("propagated", 64) == pytest.approx(3, rel=0.01)
 
 
 # -- coefficients --------------------------------------------------------------------------------------------------

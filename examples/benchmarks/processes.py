@@ -1,14 +1,17 @@
 """Measure how much faster two processes on two cores make a merge than one process on one core.
 
     python examples/benchmarks/processes.py [--work DIR] [--hidden 512] [--layers 4] [--sources 3] [--rounds 2]
+    python examples/benchmarks/processes.py --checkpoints DIR [--work DIR] [--rounds 2]
 
-A BERT-shaped base and its fine-tunes are made from a configuration, with random weights, and merged by FDA with so
-many steps that arithmetic dominates. Each merge is a command of its own under `torchrun`, with one thread a process,
-and pinned to as many cores as it has processes (on Linux). What is compared is the wall time of the merge itself,
-from the call in processes that have started until the result is published; the whole command is printed beside it. The
-rounds alternate, the best of each kind counts, and the two results are compared byte by byte. Other work on the machine
-lowers the ratio, so its load is printed, and beside the wall time the processor time of the busiest process, which
-other work hardly touches: its ratio says how evenly the work was shared and what sharing cost.
+A BERT-shaped base and its fine-tunes are made from a configuration, with random weights, and merged by FDA on anchors
+with so many steps that arithmetic dominates. `--checkpoints` merges real ones with the defaults of `hf_fda.merge`
+instead: a folder `base` and one for each fine-tune; text encoders are then merged block after block. Each merge is a
+command of its own under `torchrun`, with one thread a process, and pinned to as many cores as it has processes (on
+Linux). What is compared is the wall time of the merge itself, from the call in processes that have started until the
+result is published; the whole command is printed beside it. The rounds alternate, the best of each kind counts, and the
+two results are compared byte by byte. Other work on the machine lowers the ratio, so its load is printed, and beside
+the wall time the processor time of the busiest process, which other work hardly touches: its ratio says how evenly the
+work was shared and what sharing cost.
 """
 
 from __future__ import annotations
@@ -48,7 +51,13 @@ def make(folder: Path, hidden: int, layers: int, sources: int) -> None:
         model.save_pretrained(folder / f"source{number}")
 
 
-def work(folder: Path, output: Path) -> None:
+def settings(folder: Path) -> dict[str, Any]:
+    """What random checkpoints are merged with: as many weight files as several processes can share."""
+    size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
+    return {"max_shard_bytes": size // 8, **STEPS}
+
+
+def work(folder: Path, output: Path, options: dict[str, Any]) -> None:
     """One process's part: merge, and let the main one write how many seconds it took."""
     import hf_fda
     from hf_fda.processes import leave, together
@@ -56,19 +65,16 @@ def work(folder: Path, output: Path) -> None:
     with together("cpu") as team:
         team.wait()
         start, busy = time.perf_counter(), time.process_time()
-        sources = sorted(folder.glob("source*"))
-        size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
-        hf_fda.merge(
-            folder / "base", sources, output=output, device="cpu", quiet=True, max_shard_bytes=size // 8, **STEPS
-        )
+        sources = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.name != "base")
+        hf_fda.merge(folder / "base", sources, output=output, device="cpu", quiet=True, **options)
         seconds = time.perf_counter() - start
         busiest = max(team.gather(time.process_time() - busy))
         if team.main:
-            (folder / "seconds").write_text(f"{seconds} {busiest}", encoding="utf-8")
+            output.with_suffix(".seconds").write_text(f"{seconds} {busiest}", encoding="utf-8")
     leave()
 
 
-def measure(folder: Path, output: Path, processes: int) -> tuple[float, float, float]:
+def measure(given: list[str], output: Path, processes: int) -> tuple[float, float, float]:
     """Seconds of a merge on so many cores, processor seconds of its busiest process, seconds of the whole command."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
@@ -76,10 +82,10 @@ def measure(folder: Path, output: Path, processes: int) -> tuple[float, float, f
         cores = sorted(os.sched_getaffinity(0))[:processes]
         command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
     start = time.perf_counter()
-    given = ["--work", str(folder), "--output", str(output)]
-    subprocess.run([*command, *given], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [*command, *given, "--output", str(output)]
+    subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     whole = time.perf_counter() - start
-    seconds, busiest = map(float, (folder / "seconds").read_text(encoding="utf-8").split())
+    seconds, busiest = map(float, output.with_suffix(".seconds").read_text(encoding="utf-8").split())
     return seconds, busiest, whole
 
 
@@ -93,21 +99,26 @@ def main() -> None:
     """Make checkpoints, merge them on one core and on two, print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("processes"))
+    parser.add_argument("--checkpoints", type=Path, help="merge these with the defaults")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sources", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    folder = options.checkpoints or options.work / "models"
     if options.output is not None:  # one of the processes of a measured merge
-        work(options.work, options.output)
+        work(folder, options.output, {} if options.checkpoints else settings(folder))
         return
-    make(options.work, options.hidden, options.layers, options.sources)
+    if not options.checkpoints:
+        make(folder, options.hidden, options.layers, options.sources)
+    options.work.mkdir(parents=True, exist_ok=True)
+    given = ["--checkpoints", str(folder)] if options.checkpoints else ["--work", str(options.work)]
     best: dict[int, tuple[float, ...]] = {}
     for _ in range(options.rounds):
         for processes in (1, 2):
             before = os.getloadavg()[0]
-            found = measure(options.work, options.work / f"merged{processes}", processes)
+            found = measure(given, options.work / f"merged{processes}", processes)
             text = "{:.1f} s, busiest process {:.1f} s, whole command {:.1f} s".format(*found)
             print(f"{processes} on as many cores: {text}, load before {before:.2f}", flush=True)
             best[processes] = tuple(map(min, best.get(processes, found), found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from hf_fda.devices import release_memory
 from hf_fda.errors import RunError
 from hf_fda.lowrank import LowRank
 from hf_fda.merge_methods.fda import AdaptationDistance, FDAConfig, Precision, Schedule
+from hf_fda.shared_sum import SharedSum
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,47 @@ class Aim(Protocol):
         """Examples in some order, (n,) numbers on the CPU, cut into batches."""
         ...
 
-    def evaluate(self, module: nn.Module, call: UnitCall, batch: Any) -> Tensor:
-        """A unit's distance summed over a batch, a scalar."""
+    @property
+    def adding(self) -> SharedSum:
+        """How what comes of a batch is added, in one process or several."""
+        ...
+
+    def terms(self, batch: Any) -> Mapping[int, Any]:
+        """A batch by the leaves of `adding`; parts that other processes evaluate stand there too."""
+        ...
+
+    def evaluate(self, module: nn.Module, call: UnitCall, part: Any) -> Tensor:
+        """A unit's distance summed over a part of a batch that this process evaluates, a scalar."""
         ...
 
 
 @torch.no_grad()
 def mean_distance(aim: Aim, module: nn.Module, call: UnitCall, batch_size: int) -> float:
     """The distance per example (per entry, for "mse" and "mae") of a unit's outputs from all targets."""
-    batches = aim.batches(torch.arange(len(aim)), batch_size)
-    return float(torch.stack([aim.evaluate(module, call, batch) for batch in batches]).sum()) / aim.divisor
+    terms: dict[int, list[Any]] = {}
+    for batch in aim.batches(torch.arange(len(aim)), batch_size):
+        for leaf, part in aim.terms(batch).items():
+            terms.setdefault(leaf, []).append(part)
+
+    def distances(parts: Sequence[Any]) -> list[Tensor]:
+        return [torch.stack([aim.evaluate(module, call, part) for part in parts]).sum()]
+
+    (summed,) = aim.adding.sum(terms, distances, [torch.zeros((), device=aim.device)])
+    return float(summed) / aim.divisor
+
+
+def differentiate(
+    aim: Aim, module: nn.Module, call: UnitCall, batch: Any, parameters: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """The derivatives of a unit's distance, summed over a batch, with respect to some of its parameters, and that
+    distance."""
+
+    def gradients(part: Any) -> list[Tensor]:
+        loss = aim.evaluate(module, call, part)
+        return [*torch.autograd.grad(loss, parameters, materialize_grads=True), loss.detach()]
+
+    *found, loss = aim.adding.sum(aim.terms(batch), gradients, [*parameters, torch.zeros((), device=aim.device)])
+    return found, loss
 
 
 class Objective:
@@ -98,6 +130,7 @@ class Objective:
         power: float = 0.5,
     ) -> None:
         self.kind: AdaptationDistance = kind
+        self.adding = SharedSum.alone()
         self.anchors, self.targets = torch.cat(list(anchors)), torch.cat(list(targets))
         if not bool(self.anchors.isfinite().all()) or not bool(self.targets.isfinite().all()):
             raise RunError("anchors or targets are not finite; construct or fetch them again")
@@ -136,6 +169,10 @@ class Objective:
         errors = (output - target).split(batch.counts)
         weighed = [error @ factor for error, factor in zip(errors, self.factors, strict=True)]
         return torch.cat(weighed).square().sum() / output.shape[1]
+
+    def terms(self, batch: Batch) -> dict[int, Batch]:
+        """As `Aim.terms`: anchors of all sources run together."""
+        return {0: batch}
 
     def evaluate(self, module: nn.Module, call: UnitCall, batch: Batch) -> Tensor:
         """As `Aim.evaluate`."""
@@ -223,12 +260,10 @@ def adapt_unit(
     for epoch in range(epochs):
         summed = torch.zeros((), device=objective.device)
         for batch in objective.batches(torch.randperm(len(objective), generator=generator), batch_size):
-            with matmul_precision(precision, objective.device):
-                with NarrowProducts():
-                    loss = objective.evaluate(module, call, batch)
-                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            with matmul_precision(precision, objective.device), NarrowProducts():
+                gradients, loss = differentiate(objective, module, call, batch, parameters)
             stepper.step(gradients, 1.0 if schedule == "constant" else 1 - stepper.steps / total)
-            summed += loss.detach()
+            summed += loss
         release_memory()  # real rows are of many lengths
         if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
             current = float(summed) / objective.divisor

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hf_fda.anchors.adaptation import Aim
+from hf_fda.anchors.adaptation import Aim, differentiate
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
 
@@ -60,11 +60,10 @@ class Combined:
         total = 0.0
         aim, parameters = self.problem.aim, list(self.moving.values())
         for batch in aim.batches(torch.arange(len(aim)), self.batch_size):
-            loss = aim.evaluate(self.problem.module, self.problem.call, batch)
-            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            found, loss = differentiate(aim, self.problem.module, self.problem.call, batch, parameters)
             for name, gradient in zip(self.moving, found, strict=True):
                 gradients[name] += gradient
-            total += float(loss.detach())
+            total += float(loss)
         self._put(torch.zeros_like(coefficients))
         slopes = torch.zeros_like(coefficients)
         for name, gradient in gradients.items():

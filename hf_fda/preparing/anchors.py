@@ -18,6 +18,7 @@ from hf_fda.preparing.propagated import Propagated
 from hf_fda.preparing.units import UnitPreparation
 from hf_fda.randomness import random_stream
 from hf_fda.running import Run
+from hf_fda.shared_sum import SharedSum
 from hf_fda.stages import Piece
 from hf_fda.states.lessons import Lesson
 from hf_fda.states.pieces import Recordings, path_in
@@ -80,24 +81,31 @@ class AnchorPreparation(UnitPreparation):
 
     def _adaptation(self, unit: Unit) -> Piece:
         """The work of adapting one unit to the anchors of all sources."""
+        count, shown = len(self.plan.sources_of(unit)), self._shown(unit)
+        positions = costs.anchor_positions(self.base, self.config, count)
+        adding = self.propagated.adding(shown, positions) if self.plan.propagates else None
 
         def make() -> Callable[[Path], str]:
-            found = self.anchors.of(unit)
-            lessons = [self._lesson(source, unit) for source in self._shown(unit)]
-            adapted = adapted_unit(
-                self.plan, self.anchors.builder, self.run.vectors, unit, found, self.run.progress, lessons
-            )
-            return adapted.write
+            found, builder = self.anchors.of(unit), self.anchors.builder
+            lessons = self._lessons(shown, unit, adding)
+            return adapted_unit(
+                self.plan, builder, self.run.vectors, unit, found, self.run.progress, lessons, adding
+            ).write
 
-        sources = len(self.plan.sources_of(unit))
-        cost = costs.adaptation(self.base, self.config, unit, sources, self.plan.ranks).weight
-        return Piece(f"adapt {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make)
+        cost = costs.adaptation(self.base, self.config, unit, count, self.plan.ranks).weight
+        hands = 1 if adding is None else adding.hands
+        return Piece(f"adapt {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make, hands=hands)
 
-    def _lesson(self, source: AlignedSource, unit: Unit) -> Lesson:
-        if not self.plan.propagates:
-            return Lesson(source, self.recordings.of(source.name, unit))
-        lesson = self.propagated.lesson(source, unit)
-        return replace(lesson, read=self._read(source, unit)) if unit.block == self.units[-1].block else lesson
+    def _lessons(
+        self, sources: Sequence[AlignedSource], unit: Unit, adding: SharedSum | None
+    ) -> Sequence[Lesson | None]:
+        """What a unit learns from sources with rows."""
+        if adding is None:
+            return [Lesson(source, self.recordings.of(source.name, unit)) for source in sources]
+        lessons = self.propagated.lessons(sources, unit, adding)
+        if unit.block != self.units[-1].block:
+            return lessons
+        return [own and replace(own, read=self._read(own.source, unit)) for own in lessons]
 
     def _read(self, source: AlignedSource, unit: Unit) -> Sensitivity | None:
         """What of a unit's outputs a source's answers depend on: of all of it before the last block."""

@@ -67,13 +67,19 @@ class DistillPreparation(UnitPreparation):
         return key_of("distilled", unit.name, *facts, versions())
 
     def _distillation(self, unit: Unit) -> Piece:
+        sources = [source.weights for source in self.plan.sources_of(unit) if source.weights is not None]
+        adding, what = self.propagated.adding(sources), f"distill {unit.name}"
+
         def make() -> Callable[[Path], str]:
-            sources = [source.weights for source in self.plan.sources_of(unit)]
-            lessons = [self.propagated.lesson(source, unit) for source in sources if source is not None]
-            what = f"distill {unit.name}"
+            lessons = self.propagated.lessons(sources, unit, adding)
             return distilled_unit(
-                self.plan, self.run.vectors, unit, lessons, lambda epoch, loss: self.run.progress.now(what, loss)
+                self.plan,
+                self.run.vectors,
+                unit,
+                lessons,
+                adding,
+                lambda epoch, loss: self.run.progress.now(what, loss),
             ).write
 
         cost = float(len(unit.tensors))
-        return Piece(f"distill {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make)
+        return Piece(what, self.file(unit), self.unit_keys[unit.name], cost, make, hands=adding.hands)

@@ -17,6 +17,7 @@ from hf_fda.checkpoint.layout import ModelLayout
 from hf_fda.checkpoint.writer import save_tensors
 from hf_fda.lowrank import LowRank
 from hf_fda.running import Run
+from hf_fda.shared_sum import SharedSum
 from hf_fda.stages import Piece
 from hf_fda.states.lessons import Lesson
 from hf_fda.states.pieces import Recordings, path_in
@@ -92,22 +93,47 @@ class Propagated:
         """The units that are merged before one."""
         return self.units[: self.units.index(unit)]
 
+    def adding(self, sources: Sequence[AlignedSource], anchors: int = 0) -> SharedSum:
+        """Which process matches what of one unit, and how gradients are added.
+
+        Its items are the rows of each source, which stay in one process from unit to unit, and the anchors beside them.
+
+        Args:
+            sources: with rows.
+            anchors: positions of all anchors.
+        """
+        sizes = [self.recordings.positions(source.name) for source in sources]
+        return SharedSum([*sizes, anchors], self.run.team, self.plan.device)
+
+    def lessons(self, sources: Sequence[AlignedSource], unit: Unit, adding: SharedSum) -> list[Lesson | None]:
+        """What a unit learns from sources with rows; None where another process matches it.
+
+        Args:
+            sources: with rows.
+            unit: which; the units before it are done.
+            adding: as of `adding` with the same sources.
+        """
+        return [self.lesson(source, unit) if adding.mine(item) else None for item, source in enumerate(sources)]
+
     def lesson(self, source: AlignedSource, unit: Unit) -> Lesson:
         """What a unit learns from a source with rows; the units before it are done."""
         own, reached = self.recordings.of(source.name, unit), self.reached.pop(source.name, None)
-        found = None
+        merged = None
         if reached is not None and [reached.unit] == self.before(unit)[-1:]:
             found = self._run(source, unit, reached)
-            if not all(part.straight for part in found) or not _together(found).call.like(own.call):
+            merged = UnitStates.together([part.states for part in found])
+            if not all(part.straight for part in found) or not merged.call.like(own.call):
                 self.winding.add(source.name)
-                found = None
-        found = found or self._run(source, unit, None)
+                merged = None
+        if merged is None:
+            found = self._run(source, unit, None)
+            merged = UnitStates.together([part.states for part in found])
         if not all(part.straight for part in found):  # a block left out would have to give more than it is given
             self.winding.add(source.name)
         hidden = [part.hidden for part in found if part.hidden is not None]
         if len(hidden) == len(found) and source.name not in self.winding:
             self.reached[source.name] = Reached(unit, hidden)
-        return Lesson(source, own, _together(found))
+        return Lesson(source, own, merged)
 
     def _run(self, source: AlignedSource, unit: Unit, reached: Reached | None) -> list[Followed]:
         """A source's rows in front of a unit, part by part: from where they are, or from the beginning."""
@@ -171,7 +197,3 @@ class Propagated:
             found = self.adapted(name)
             return found if isinstance(found, Tensor) else self.base.read(name) + found.dense()
         return self.base.read(name)
-
-
-def _together(found: Sequence[Followed]) -> UnitStates:
-    return UnitStates.together([part.states for part in found])

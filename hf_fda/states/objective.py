@@ -13,6 +13,7 @@ from hf_fda.anchors.metric import read_metric, shift_metric
 from hf_fda.blocks.capture import UnitCall
 from hf_fda.errors import RunError
 from hf_fda.merge_methods.fda import AdaptationDistance
+from hf_fda.shared_sum import SharedSum
 from hf_fda.states.lessons import Lesson
 from hf_fda.states.unit_states import Ragged
 from hf_fda.statistics.sensitivity import Sensitivity
@@ -101,8 +102,8 @@ def matched(
 
 @dataclass(frozen=True)
 class Share:
-    """What a batch has of one source: the number of its examples, rows (b,) of these on the device, and how many of
-    their positions there are (None: all)."""
+    """What a batch has of one of several examples: its number, rows (b,) of it on the device, and how many of their
+    positions there are (None: all, or another process's)."""
 
     number: int
     rows: Tensor
@@ -135,21 +136,39 @@ class StatesObjective:
 
     Args:
         kind: "shift", "cosine", "mse" or "mae", as `hf_fda.anchors.Objective`.
-        examples: of all sources; of one there may be several (on its anchors, and on its rows).
+        examples: of all sources; of one there may be several (on its anchors, and on its rows). None where there are
+            none, or where another process has them.
+        items: the item of `adding` that each belongs to; all to one if None.
+        adding: which process evaluates what; one alone if None.
 
     Raises:
         RunError: when inputs or targets are not finite.
+        PeerError: when another process ended or failed.
     """
 
-    def __init__(self, kind: AdaptationDistance, examples: Sequence[Examples]) -> None:
+    def __init__(
+        self,
+        kind: AdaptationDistance,
+        examples: Sequence[Examples | None],
+        items: Sequence[int] | None = None,
+        adding: SharedSum | None = None,
+    ) -> None:
         self.kind: AdaptationDistance = kind
-        self.examples = list(examples)
-        for own in self.examples:
-            if not bool(own.inputs.values.isfinite().all()) or not bool(own.targets.values.isfinite().all()):
+        self.adding = adding or SharedSum.alone()
+        self.leaf = [self.adding.leaves[item] for item in items or [0] * len(examples)]
+        own = {number: found for number, found in enumerate(examples) if found is not None}
+        for found in own.values():
+            if not bool(found.inputs.values.isfinite().all()) or not bool(found.targets.values.isfinite().all()):
                 raise RunError("hidden states or targets are not finite; check the sources' weights and rows")
-        self.source = torch.repeat_interleave(torch.tensor([len(own) for own in self.examples]))
-        self.row = torch.cat([torch.arange(len(own)) for own in self.examples])
-        self.device = self.examples[0].inputs.values.device
+        self.examples = own
+        self.device = next((found.inputs.values.device for found in own.values()), torch.device("cpu"))
+        sizes = torch.zeros(len(examples), 2, dtype=torch.int64)
+        for number, found in own.items():
+            sizes[number] = torch.tensor([len(found), found.targets.values[:-1].numel()])
+        sizes = self.adding.total(sizes)
+        self.entries = int(sizes[:, 1].sum())
+        self.source = torch.repeat_interleave(sizes[:, 0])
+        self.row = torch.cat([torch.arange(size) for size in sizes[:, 0].tolist()])
 
     def __len__(self) -> int:
         return len(self.row)
@@ -157,31 +176,38 @@ class StatesObjective:
     @property
     def divisor(self) -> int:
         """What the summed distance is divided by for its mean: rows, or entries for "mse" and "mae"."""
-        if self.kind in ("mse", "mae"):
-            return sum(own.targets.count * own.targets.values.shape[-1] for own in self.examples)
-        return len(self)
+        return self.entries if self.kind in ("mse", "mae") else len(self)
 
     def batches(self, order: Tensor, batch_size: int) -> list[list[Share]]:
         """Rows in some order, cut into batches that all sources have their shares in; each share has rows of similar
         lengths, so that little is computed on what rows are filled up with."""
         count = -(-len(self) // batch_size)
         found: list[list[Share]] = [[] for _ in range(count)]
-        for number, own in enumerate(self.examples):
-            parts = alike(self.row[order[self.source[order] == number]], own.inputs.lengths, count)
+        for number in self.source.unique().tolist():
+            rows, own = self.row[order[self.source[order] == number]], self.examples.get(number)
+            parts = alike(rows, torch.zeros_like(rows) if own is None else own.inputs.lengths, count)
             for place, part in enumerate(parts):
-                found[place * count // len(parts)].append(Share(number, part.to(self.device), own.reach(part)))
+                share = Share(number, part.to(self.device), None if own is None else own.reach(part))
+                found[place * count // len(parts)].append(share)
         return [batch for batch in found if batch]
 
-    def evaluate(self, module: nn.Module, call: UnitCall, batch: Sequence[Share]) -> Tensor:
-        """The distance summed over a batch (over all entries, for "mse" and "mae").
+    def terms(self, batch: Sequence[Share]) -> dict[int, list[Share]]:
+        """As `Aim.terms`."""
+        found: dict[int, list[Share]] = {}
+        for share in batch:
+            found.setdefault(self.leaf[share.number], []).append(share)
+        return found
+
+    def evaluate(self, module: nn.Module, call: UnitCall, part: Sequence[Share]) -> Tensor:
+        """The distance summed over a part of a batch (over all entries, for "mse" and "mae").
 
         Args:
             module: the unit.
             call: unused: each source's examples have their own.
-            batch: from `batches`.
+            part: from `terms`.
         """
         together: dict[tuple[int, int | None], list[Share]] = {}
-        for share in batch:  # anchors of all sources are called alike
+        for share in part:  # anchors of all sources are called alike
             together.setdefault((id(self.examples[share.number].call), share.positions), []).append(share)
         return torch.stack([self._distances(module, shares) for shares in together.values()]).sum()
 

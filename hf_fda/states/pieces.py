@@ -13,7 +13,7 @@ from hf_fda.running import Run
 from hf_fda.stages import Piece
 from hf_fda.states.files import read_states, save_states
 from hf_fda.states.recording import StatesRecorder
-from hf_fda.states.rows_together import parts_of_rows
+from hf_fda.states.rows_together import parts_of_rows, positions
 from hf_fda.states.unit_states import UnitStates
 from hf_fda.store import WORK, key_of
 from hf_fda.version import versions
@@ -34,8 +34,8 @@ class Recordings:
         self.run = run
         self.sources = {own.name: own for own in run.plan.inputs.weighted if own.name in run.plan.data}
         self.units = {name: units[name] for name in self.sources}
-        width = costs.width(run.plan.inputs.base)
-        self.parts = {name: parts_of_rows(run.rows(name), len(self.units[name]), width) for name in self.sources}
+        self.width = costs.width(run.plan.inputs.base)
+        self.parts = {name: parts_of_rows(run.rows(name), len(self.units[name]), self.width) for name in self.sources}
 
     @property
     def count(self) -> int:
@@ -51,6 +51,10 @@ class Recordings:
         names = [unit.name for unit in self.units[source]]
         prints = self.run.fingerprints[source], self.run.data_prints[source]
         return key_of("states", names, self.parts[source], prints, versions())
+
+    def positions(self, source: str) -> int:
+        """How many positions all rows of a source have."""
+        return sum(positions(row, self.width) for row in self.run.rows(source).inputs)
 
     def of(self, source: str, unit: Unit) -> UnitStates:
         """What was recorded of one unit, on the CPU."""

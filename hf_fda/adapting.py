@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_fda.anchors import AnchorBuilder, Moves, UnitAnchors, adapt_unit
 from hf_fda.anchors.adaptation import Aim, objective_of
 from hf_fda.blocks import Unit, UnitCall
-from hf_fda.errors import PeerError, RunError
+from hf_fda.errors import about
 from hf_fda.lowrank import Budget, LowRank, factorise
 from hf_fda.merge_methods import FDAConfig, MethodConfig
 from hf_fda.merge_methods.distill import DistillConfig
@@ -68,7 +68,7 @@ def adapted_unit(
         moves = move_to_start(config, module, unit, vectors, plan.ranks)
         there = {path: value.detach().cpu() for path, value in module.named_parameters() if path not in moves.factors}
         return AdaptedUnit(_named(unit, there, moves.factors))
-    try:
+    with about(f"block '{unit.name}'"):
         if shown:
             objective: Aim = _mixed(config, module, call, moved, real, adding, plan.device)
         else:
@@ -89,10 +89,6 @@ def adapted_unit(
             precision=config.precision,
             report=lambda epoch, loss: progress.now(f"adapt {unit.name}", loss),
         )
-    except PeerError:
-        raise
-    except RunError as error:
-        raise RunError(f"block '{unit.name}': {error}") from None
     logger.debug("%s: distance %.4g before, %.4g after", unit.name, adapted.loss_before, adapted.loss_after)
     distances = (adapted.loss_before, adapted.loss_after)
     return AdaptedUnit(_named(unit, adapted.parameters, adapted.factors), distances)

@@ -12,7 +12,7 @@ from hf_fda.anchors.builder import load_unit
 from hf_fda.anchors.metric import shift_metric
 from hf_fda.blocks import Unit, UnitCall
 from hf_fda.checkpoint.interface import Checkpoint
-from hf_fda.errors import PeerError, RunError
+from hf_fda.errors import about
 from hf_fda.merge_methods.distill import DistillConfig
 from hf_fda.plans import Plan
 from hf_fda.progress import logger
@@ -49,7 +49,7 @@ def distilled_unit(
     config = plan.config
     assert isinstance(config, DistillConfig) and config.distance is not None and config.epochs is not None
     base = plan.inputs.base
-    try:
+    with about(f"block '{unit.name}'"):
         examples = [None if own is None else _examples(base, unit, config, own, plan.device) for own in lessons]
         aim = StatesObjective(config.distance, examples, range(len(examples)), adding)
         module = load_unit(base.layout, base.read, unit, plan.device)
@@ -68,10 +68,6 @@ def distilled_unit(
             never_worse=True,
             report=report,
         )
-    except PeerError:
-        raise
-    except RunError as error:
-        raise RunError(f"block '{unit.name}': {error}") from None
     logger.debug("%s: distance %.4g before, %.4g after", unit.name, found.loss_before, found.loss_after)
     tensors = {f"{unit.name}.{path}": value for path, value in found.parameters.items()}
     return AdaptedUnit(tensors, (found.loss_before, found.loss_after))

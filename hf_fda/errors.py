@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -30,6 +31,24 @@ class RunError(HFFDAError, RuntimeError):
 
 class PeerError(RunError):
     """This process stops because another one that worked on the same merge failed or was killed."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """A failure of the work inside says what it is about.
+
+    >>> with about("block 'encoder.layer.0'"):
+    ...     raise RunError("the loss is nan")
+    Traceback (most recent call last):
+    ...
+    hf_fda.errors.RunError: block 'encoder.layer.0': the loss is nan
+    """
+    try:
+        yield
+    except PeerError:  # not this work's
+        raise
+    except RunError as error:
+        raise RunError(f"{what}: {error}") from None
 
 
 E = TypeVar("E", bound=HFFDAError)

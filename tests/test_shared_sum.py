@@ -158,6 +158,22 @@ def test_blocks_that_follow_each_other_are_shared_and_come_out_the_same(
     assert [len(own) for own in blocks] == [4] + [0] * (count - 1)  # the main process writes them
 
 
+def _on_machines(family: Family, output: Path) -> None:
+    own = rank()
+    processes.socket.gethostname = lambda: f"machine{own // 2}"  # type: ignore[attr-defined]
+    with processes.together("cpu") as team:
+        assert team.near == 2
+    _share(family, output, "distill", {})
+
+
+def test_processes_of_other_machines_wait(family: Family, tmp_path: Path) -> None:
+    merge(family, tmp_path / "one", "distill", {})
+    fork(_on_machines, family, tmp_path / "many", processes=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    seen = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.glob("seen*"))]
+    assert seen == [[0], [1], []]
+
+
 def _fail_beside(family: Family, output: Path, results: Path) -> None:
     real, own = StatesObjective.evaluate, rank()
 

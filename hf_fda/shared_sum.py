@@ -18,8 +18,8 @@ LEAVES = 4
 
 
 def sharers(processes: int, items: int, device: torch.device) -> int:
-    """How many of some processes share a sum over items: a power of two, and on GPUs one, as a step there takes less
-    time than gradients take between processes.
+    """How many of some processes share a sum over items: a power of two, and on GPUs one, as tensors would go through
+    the host's memory.
 
     >>> [sharers(processes, 6, torch.device("cpu")) for processes in (1, 3, 5, 64)]
     [1, 2, 4, 4]
@@ -78,8 +78,8 @@ class SharedSum:
 
     Args:
         costs: of the items, in any unit, the same in all processes.
-        team: the processes. As many share as `sharers` says, the first ones on one machine: between machines gradients
-            take longer.
+        team: the processes. As many share as `sharers` says of those on the first one's machine: gradients go from one
+            to the other in every step.
         device: where they evaluate.
     """
 

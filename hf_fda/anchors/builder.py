@@ -14,6 +14,7 @@ from hf_fda.anchors.grouping import group_units
 from hf_fda.anchors.initialization import initial_anchors
 from hf_fda.anchors.stacked import UnitPair
 from hf_fda.blocks import Capture, Unit, capture_calls, make_unit
+from hf_fda.blocks.capture import apart
 from hf_fda.checkpoint.alignment import AlignedSource
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import ModelLayout, Role
@@ -49,8 +50,13 @@ class AnchorBuilder:
 
     @cached_property
     def capture(self) -> Capture:
-        """How the units are called."""
-        return capture_calls(self.base, self.units, self.config.num_tokens, self.device)
+        """How the units are called.
+
+        Raises:
+            RunError: when the base does not run on a few tokens, or its blocks not apart from it.
+        """
+        with apart(f"blocks of {self.base.layout.model_class.__name__}"):
+            return capture_calls(self.base, self.units, self.config.num_tokens, self.device)
 
     @cached_property
     def groups(self) -> dict[str, tuple[Unit, ...]]:
@@ -77,7 +83,8 @@ class AnchorBuilder:
         another group is asked for.
 
         Raises:
-            RunError: naming unit and source, when gradients are not finite or the loss is not.
+            RunError: naming unit and source, when gradients are not finite or the loss is not, or the unit does not
+                run apart from its model.
         """
         wanted = source.name, unit.name
         if wanted not in self._made:

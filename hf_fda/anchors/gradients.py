@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.outputs import Matcher
-from hf_fda.blocks.capture import Call, UnitCall
+from hf_fda.blocks.capture import Call, UnitCall, apart
 from hf_fda.errors import RunError, few
 from hf_fda.merge_methods.fda import Distance
 
@@ -114,13 +114,15 @@ def find_matched(
         kind: distance of the outputs.
 
     Raises:
-        RunError: naming the parameters, when a gradient is not finite.
+        RunError: naming the parameters, when a gradient is not finite; when a unit does not run apart from its model.
     """
     names = [name for name, task in tasks.items() if bool(task.any())]
     if not names:
         return Matched({})
     (first, second), double_call, sample = in_double((base, source), call, x)
-    gradients = dict(zip(names, induced_gradients(first, second, double_call, sample, names, kind), strict=True))
+    with apart("it"):
+        found = induced_gradients(first, second, double_call, sample, names, kind)
+    gradients = dict(zip(names, found, strict=True))
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in gradients.items()}
     broken = [name for name, size in sizes.items() if not math.isfinite(size)]
     if broken:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,32 @@ from hf_fda.blocks.discovery import Unit, example_inputs, find_blocks
 from hf_fda.blocks.streamed import stream_weights
 from hf_fda.checkpoint.interface import Checkpoint
 from hf_fda.checkpoint.layout import meta_model
-from hf_fda.errors import InputError
+from hf_fda.errors import HFFDAError, InputError, RunError
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 """Runs a unit's module on x (n, T, d), as a `UnitCall` does."""
+
+
+@contextmanager
+def apart(what: str) -> Iterator[None]:
+    """Says what could not be run apart from its model, whatever the model's own code raises.
+
+    Args:
+        what: runs inside, in words.
+
+    Raises:
+        RunError: with what was raised, and the way out.
+    """
+    try:
+        yield
+    except (HFFDAError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"{what} cannot be run apart from the whole model ({type(error).__name__}: {said}); name parts of the "
+            "blocks (such as unit='mlp'), or use a parameter-space method (such as method='isotropic')"
+        ) from error
 
 
 @dataclass

@@ -95,7 +95,8 @@ def meta_model(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real: no weights, half a second for 80 layers.
 
-    Attention and experts are the eager implementations: the others have no second derivative on every device.
+    Attention and experts are the eager implementations: the others have no second derivative on every device. Sparse
+    attention is full, as in models that have it where tokens are few.
 
     Args:
         config: its configuration.
@@ -103,6 +104,8 @@ def meta_model(
         attention: another implementation of attention; None: the one that `from_pretrained` chooses.
     """
     config = copy.deepcopy(config)
+    if getattr(config, "attention_type", None) == "block_sparse":  # BigBird
+        config.attention_type = "original_full"
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if attention is not None:
         kwargs["attn_implementation"] = attention

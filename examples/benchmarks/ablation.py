@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "steps: 15": {"steps": 15},
     "steps: 100": {"steps": 100},
     "optimizer: adamw, 100 steps": {"optimizer": "adamw", "steps": 100, "patience": None},
+    "attention and MLP apart": {"unit": ("attention", "intermediate.dense", "output")},
     "anchors: 16": {"num_anchors": 16},
     "anchors: 192": {"num_anchors": 192},
     "tokens: 1": {"num_tokens": 1},

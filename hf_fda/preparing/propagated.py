@@ -102,7 +102,7 @@ class Propagated:
             sources: with rows.
             anchors: positions of all anchors.
         """
-        sizes = [self.recordings.positions(source.name) for source in sources]
+        sizes = [self.recordings.positions[source.name] for source in sources]
         return SharedSum([*sizes, anchors], self.run.team, self.plan.device)
 
     def lessons(self, sources: Sequence[AlignedSource], unit: Unit, adding: SharedSum) -> list[Lesson | None]:

@@ -34,8 +34,10 @@ class Recordings:
         self.run = run
         self.sources = {own.name: own for own in run.plan.inputs.weighted if own.name in run.plan.data}
         self.units = {name: units[name] for name in self.sources}
-        self.width = costs.width(run.plan.inputs.base)
-        self.parts = {name: parts_of_rows(run.rows(name), len(self.units[name]), self.width) for name in self.sources}
+        width = costs.width(run.plan.inputs.base)
+        self.parts = {name: parts_of_rows(run.rows(name), len(self.units[name]), width) for name in self.sources}
+        self.positions = {name: sum(positions(row, width) for row in run.rows(name).inputs) for name in self.sources}
+        """How many positions all rows of a source have, by its name."""
 
     @property
     def count(self) -> int:
@@ -51,10 +53,6 @@ class Recordings:
         names = [unit.name for unit in self.units[source]]
         prints = self.run.fingerprints[source], self.run.data_prints[source]
         return key_of("states", names, self.parts[source], prints, versions())
-
-    def positions(self, source: str) -> int:
-        """How many positions all rows of a source have."""
-        return sum(positions(row, self.width) for row in self.run.rows(source).inputs)
 
     def of(self, source: str, unit: Unit) -> UnitStates:
         """What was recorded of one unit, on the CPU."""

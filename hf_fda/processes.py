@@ -106,23 +106,22 @@ class Team:
                 distributed.broadcast_object_list(held, src=owner, group=self._group)
         return held[0]
 
-    def swap(self, own: Tensor, other: int) -> Tensor:
-        """The tensor that another process has in this one's place, which gets this one's.
+    def swap(self, own: Tensor, taken: Tensor, other: int) -> None:
+        """Give another process a tensor and take the one that it gives.
 
         Args:
-            own: on the CPU; the other's has its shape and type.
+            own: on the CPU.
+            taken: of its shape and type; gets the other's.
             other: the other process.
 
         Raises:
             PeerError: when the other process ended or failed.
         """
-        taken = torch.empty_like(own)
         with _peer_errors():
             sending = distributed.isend(own, other, group=self._group)
             distributed.recv(taken, other, group=self._group)
             assert sending is not None
             sending.wait()
-        return taken
 
     def map(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
         """`function` of every item, in all processes; each calls it for its share of the items.

@@ -88,6 +88,7 @@ class SharedSum:
         self.hands = sharers(team.near, sum(map(bool, costs)), device)
         self.span = LEAVES // self.hands
         self.first = team.rank * self.span if self.hands > 1 else 0
+        self._rooms: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def alone(cls, items: int = 1) -> SharedSum:
@@ -103,7 +104,7 @@ class SharedSum:
     def sum(
         self, terms: Mapping[int, T], evaluate: Callable[[T], Sequence[Tensor]], like: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The sum of what a function makes of the terms, in every process that shares it.
+        """The sum of what a function makes of the terms, in every process that shares it; the next call may change it.
 
         Args:
             terms: by leaf; those of other processes stand there too, but are not evaluated. One at least.
@@ -119,11 +120,12 @@ class SharedSum:
             beside = first ^ size
             theirs = _any(terms, beside, size)
             if theirs or found is not None:
-                own = torch.cat([one.flatten() for one in found or [torch.zeros_like(one) for one in like]])
-                taken = self.team.swap(own, self.team.rank ^ (size // self.span))
-                if theirs:
-                    parts = (taken if found is None else taken.add_(own)).split([one.numel() for one in like])
-                    found = [part.view_as(one) for part, one in zip(parts, like, strict=True)]
+                own, taken = self._room(like, size)
+                torch.cat([one.flatten() for one in found or [torch.zeros_like(one) for one in like]], out=own)
+                self.team.swap(own, taken, self.team.rank ^ (size // self.span))
+                summed = own if not theirs else taken if found is None else taken.add_(own)
+                parts = summed.split([one.numel() for one in like])
+                found = [part.view_as(one) for part, one in zip(parts, like, strict=True)]
             first, size = min(first, beside), 2 * size
         assert found is not None
         return list(found)
@@ -136,9 +138,19 @@ class SharedSum:
         """
         size = self.span
         while size < LEAVES:
-            own = own + self.team.swap(own, self.team.rank ^ (size // self.span))
+            taken = torch.empty_like(own)
+            self.team.swap(own, taken, self.team.rank ^ (size // self.span))
+            own = own + taken
             size *= 2
         return own
+
+    def _room(self, like: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
+        """Memory for the entries of some tensors, twice, for nodes of so many leaves; it is kept from sum to sum, as
+        fresh memory costs more to touch."""
+        place = sum(one.numel() for one in like), size
+        if place not in self._rooms:
+            self._rooms[place] = like[0].new_empty(place[0]), like[0].new_empty(place[0])
+        return self._rooms[place]
 
     def _below(
         self, first: int, size: int, terms: Mapping[int, T], evaluate: Callable[[T], Sequence[Tensor]]

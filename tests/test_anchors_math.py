@@ -13,7 +13,7 @@ import torch
 from conftest import fine_tune, make_model
 from torch import Tensor, nn
 
-from hf_fda.anchors import CoefficientAdam, Moves, Objective, adapt_unit, construct_unit
+from hf_fda.anchors import CoefficientAdam, Moves, Objective, adapt_unit, construct_unit, stepping
 from hf_fda.anchors.descent import stalled
 from hf_fda.anchors.distance import distance
 from hf_fda.anchors.gradients import find_matched, gradient_cosines, induced_gradients, task_vectors
@@ -443,6 +443,25 @@ def test_coefficient_adam_does_not_move_where_all_task_vectors_are_zero() -> Non
         stepper.step([torch.tensor([1.0, 1.0, 0.0, 0.0])])
     assert parameter[0] < 1
     assert torch.equal(parameter[1:], torch.ones(3))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
+def test_a_cpu_steps_on_entries_in_chunks_alike(chunk: int, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(4, 6), (3,), (1,), (5, 3), (0,), (7,)]
+
+    def run() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        parameters, scales = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+        parameters[3] = torch.randn(3, 5, generator=generator).T
+        stepper = CoefficientAdam(parameters, [own.abs() for own in scales] if scaled else None, 0.1)
+        for _ in range(3):
+            stepper.step([torch.randn(shape, generator=generator) for shape in shapes])
+        return parameters
+
+    whole = run()
+    monkeypatch.setattr(stepping, "CHUNK", chunk)
+    assert all(torch.equal(*pair) for pair in zip(run(), whole, strict=True))
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.25])

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fda.anchors import Moves, Objective, adapt_unit, construct_unit, products
 from hf_fda.anchors.orthogonal import orthogonalize
 from hf_fda.anchors.precision import fine_enough, matmul_precision, narrow_on_cpu
-from hf_fda.anchors.products import MatrixProduct, NarrowProducts, narrows, product
+from hf_fda.anchors.products import MatrixProduct, NarrowProducts, Operand, narrows, product
 from hf_fda.blocks import UnitCall, capture_calls, find_units, make_unit
 from hf_fda.checkpoint import ModelCheckpoint
 
@@ -115,6 +115,60 @@ def test_a_linear_layer_and_its_gradients_are_near(shape: tuple[int, ...], bias:
         own = run()
     assert [value.shape for value in own] == [value.shape for value in plain]
     assert all(0 < apart(*pair) < 3 * NEAR for pair in zip(own, plain, strict=True))
+
+
+def test_gradients_of_weights_lie_as_the_weights_do() -> None:
+    layer = nn.Linear(40, 8)
+    with NarrowProducts():
+        (gradient,) = torch.autograd.grad(layer(draw(6, 40)).square().sum(), [layer.weight])
+    assert gradient.is_contiguous()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(40, 8), Conv1D(8, 40)])
+def test_a_weight_is_converted_once_until_it_changes(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted: list[tuple[int, ...]] = []
+    convert = products._narrow
+
+    def note(matrix: Tensor) -> Tensor:
+        if not products._turned(matrix):  # or it calls itself
+            converted.append(tuple(matrix.shape))
+        return convert(matrix)
+
+    monkeypatch.setattr(products, "_narrow", note)
+    x, shape = draw(6, 40).requires_grad_(True), (40, 8)
+
+    def run() -> list[Tensor]:
+        converted.clear()
+        output = layer(x)
+        return [output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])]
+
+    def of_the_weight() -> int:
+        return sum(own in (shape, shape[::-1]) for own in converted)
+
+    narrow = NarrowProducts()
+    with narrow:
+        once = run()
+        assert (of_the_weight(), len(converted)) == (1, 3)  # the weight, the input and the gradient
+        again = run()
+        assert (of_the_weight(), len(converted)) == (0, 2)
+        assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
+        with torch.no_grad():
+            layer.weight.mul_(2.0)
+        changed = run()
+        assert of_the_weight() == 1
+    with NarrowProducts():
+        assert all(torch.equal(*pair) for pair in zip(changed, run(), strict=True))
+
+
+def test_an_operand_and_its_transpose_share_what_they_are_converted_to() -> None:
+    matrix, other = draw(6, 40), draw(6, 40, seed=1)
+    own = Operand(matrix)
+    assert own.converted is None
+    turned = own.mT
+    assert torch.equal(product(turned, other), product(matrix.mT, other))
+    assert own.converted is not None and torch.equal(own.narrow(), products._narrow(matrix))
+    assert torch.equal(product(own, other.mT), product(matrix, other.mT))
+    assert own.mT.converted is not None and own.mT.narrow().data_ptr() == own.narrow().data_ptr()
 
 
 def test_so_is_a_conv1d() -> None:

@@ -256,11 +256,11 @@ def adapt_unit(
     start = stepper.values() if interpolation < 1 or never_worse else []
     before = mean_distance(objective, module, call, batch_size)
     precision = fine_enough(precision, moves.change, objective.device)
-    total = epochs * -(-len(objective) // batch_size)
+    total, narrow = epochs * -(-len(objective) // batch_size), NarrowProducts()
     for epoch in range(epochs):
         summed = torch.zeros((), device=objective.device)
         for batch in objective.batches(torch.randperm(len(objective), generator=generator), batch_size):
-            with matmul_precision(precision, objective.device), NarrowProducts():
+            with matmul_precision(precision, objective.device), narrow:
                 gradients, loss = differentiate(objective, module, call, batch, parameters)
             stepper.step(gradients, 1.0 if schedule == "constant" else 1 - stepper.steps / total)
             summed += loss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_fda.anchors.products import product
+from hf_fda.anchors.products import Operand, product
 
 
 def _slopes(dot: Tensor, square: Tensor, size: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +74,11 @@ class ProductCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, task: Tensor, size: Tensor) -> Tensor:
         """`output` D (S, N, d_out), `x` (S, N, d_in), `task` (S, d_out, d_in), `size` (S,) its norms; gives (S,)."""
-        gradient = product(output.mT, x)
+        own_output, own_x = Operand(output), Operand(x)
+        gradient = product(own_output.mT, own_x)
         dot, square = _dots(gradient, task), _dots(gradient, gradient)
         ctx.save_for_backward(output, x, gradient, task, size, dot, square)
+        ctx.converted = own_output.converted, own_x.converted
         return _cosine(dot, square, size)
 
     @staticmethod
@@ -85,8 +87,9 @@ class ProductCosine(torch.autograd.Function):
         """The derivatives with respect to D and x."""
         output, x, gradient, task, size, dot, square = ctx.saved_tensors
         a, b = (_each(own, task) for own in _slopes(dot, square, size, grad))
-        slope = (gradient * b).addcmul_(task, a)
-        return product(x, slope.mT), product(output, slope), None, None
+        own_output, own_x = (Operand(*pair) for pair in zip((output, x), ctx.converted, strict=True))
+        slope = Operand((gradient * b).addcmul_(task, a))
+        return product(own_x, slope.mT), product(own_output, slope), None, None
 
 
 class GramCosine(torch.autograd.Function):
@@ -98,9 +101,12 @@ class GramCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, task: Tensor, size: Tensor) -> Tensor:
         """`output` D (S, N, d_out), `x` (S, N, d_in), `task` (S, d_out, d_in), `size` (S,) its norms; gives (S,)."""
-        image, inputs, outputs = product(x, task.mT), product(x, x.mT), product(output, output.mT)
+        own_output, own_x = Operand(output), Operand(x)
+        image = product(own_x, task.mT)
+        inputs, outputs = product(own_x, own_x.mT), product(own_output, own_output.mT)
         dot, square = _dots(output, image), _dots(inputs, outputs)
         ctx.save_for_backward(output, x, image, inputs, outputs, task, size, dot, square)
+        ctx.converted = own_output.converted, own_x.converted
         return _cosine(dot, square, size)
 
     @staticmethod
@@ -109,8 +115,9 @@ class GramCosine(torch.autograd.Function):
         """The derivatives with respect to D and x."""
         output, x, image, inputs, outputs, task, size, dot, square = ctx.saved_tensors
         a, b = (_each(own, task) for own in _slopes(dot, square, size, grad))
-        to_output = (image * a).addcmul_(product(inputs, output), b)
-        to_x = product(output, task).mul_(a).addcmul_(product(outputs, x), b)
+        own_output, own_x = (Operand(*pair) for pair in zip((output, x), ctx.converted, strict=True))
+        to_output = (image * a).addcmul_(product(inputs, own_output), b)
+        to_x = product(own_output, task).mul_(a).addcmul_(product(outputs, own_x), b)
         return to_output, to_x, None, None
 
 

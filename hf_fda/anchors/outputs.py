@@ -65,6 +65,7 @@ class Matcher:
         }
         taken = {name for path in self.layers for name in self._wanted(path)}
         self.others = {name: parameters[name] for name in self.tasks if name not in taken}
+        self.narrow = NarrowProducts()
 
     def _wanted(self, path: str) -> list[str]:
         prefix = f"{path}." if path else ""
@@ -96,7 +97,7 @@ class Matcher:
         others = [parameter.requires_grad_(True) for parameter in self.others.values()]
         rows = x.flatten(0, 1)
         try:
-            with NarrowProducts():
+            with self.narrow:
                 with SecondDerivatives():
                     output = self.call(self.base, rows)
                 target = self.call(self.source, rows)

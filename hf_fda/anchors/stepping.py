@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hf_fda.lowrank import LowRank
 
+CHUNK = 1 << 16
+"""Entries that a CPU takes a whole step on before it goes to the next ones, so that they stay in its caches."""
+
 
 class CoefficientAdam:
     """Adam on elementwise coefficients of K task vectors, with the state of one.
@@ -46,25 +49,34 @@ class CoefficientAdam:
         self.first = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.second = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.steps = 0
+        state = (self.parameters, self.first, self.second, self.scales or self.parameters)
+        self._parts = list(zip(*map(self._apart, state), strict=True))
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], rate: float = 1.0) -> None:
         """One step along `gradients`, in the order of the parameters; `rate` is a factor of the step size."""
         self.steps += 1
         low, high = self.betas
-        own = list(gradients)
-        torch._foreach_lerp_(self.first, own, 1 - low)
-        torch._foreach_mul_(self.second, high)
-        torch._foreach_addcmul_(self.second, own, own, 1 - high)
-        root = torch._foreach_div(self.second, 1 - high**self.steps)
-        torch._foreach_sqrt_(root)
-        torch._foreach_add_(root, self.eps)
         size = -rate * self.learning_rate / (1 - low**self.steps)
-        if self.scales is None:
-            torch._foreach_addcdiv_(self.parameters, self.first, root, size)
-        else:
-            change = torch._foreach_div(self.first, root)
-            torch._foreach_addcmul_(self.parameters, change, self.scales, size)
+        for own, (parameters, first, second, scales) in zip(self._apart(gradients), self._parts, strict=True):
+            torch._foreach_lerp_(first, own, 1 - low)
+            torch._foreach_mul_(second, high)
+            torch._foreach_addcmul_(second, own, own, 1 - high)
+            root = torch._foreach_div(second, 1 - high**self.steps)
+            torch._foreach_sqrt_(root)
+            torch._foreach_add_(root, self.eps)
+            if self.scales is None:
+                torch._foreach_addcdiv_(parameters, first, root, size)
+            else:
+                torch._foreach_addcmul_(parameters, torch._foreach_div(first, root), scales, size)
+
+    def _apart(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """What is stepped on at once, of tensors of the parameters' shapes: everything, on a CPU `CHUNK` entries."""
+        if any(one.device.type != "cpu" for one in self.parameters):
+            return [list(tensors)]
+        lying = [one.is_contiguous() for one in self.parameters]
+        cut = [one.reshape(-1).split(CHUNK) if flat else [one] for one, flat in zip(tensors, lying, strict=True)]
+        return [[part] for parts in cut for part in parts]
 
 
 FACTOR_STEP = 3.0

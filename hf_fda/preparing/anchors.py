@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from hf_fda import costs
@@ -83,17 +83,18 @@ class AnchorPreparation(UnitPreparation):
         """The work of adapting one unit to the anchors of all sources."""
         count, shown = len(self.plan.sources_of(unit)), self._shown(unit)
         positions = costs.anchor_positions(self.base, self.config, count)
-        adding = self.propagated.adding(shown, positions) if self.plan.propagates else None
+        shared = partial(self.propagated.adding, shown, positions) if self.plan.propagates else None
 
         def make() -> Callable[[Path], str]:
             found, builder = self.anchors.of(unit), self.anchors.builder
+            adding = None if shared is None else shared()  # what it holds goes with it
             lessons = self._lessons(shown, unit, adding)
             return adapted_unit(
                 self.plan, builder, self.run.vectors, unit, found, self.run.progress, lessons, adding
             ).write
 
         cost = costs.adaptation(self.base, self.config, unit, count, self.plan.ranks).weight
-        hands = 1 if adding is None else adding.hands
+        hands = 1 if shared is None else shared().hands
         return Piece(f"adapt {unit.name}", self.file(unit), self.unit_keys[unit.name], cost, make, hands=hands)
 
     def _lessons(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from hf_fda.blocks import Unit
@@ -68,9 +68,10 @@ class DistillPreparation(UnitPreparation):
 
     def _distillation(self, unit: Unit) -> Piece:
         sources = [source.weights for source in self.plan.sources_of(unit) if source.weights is not None]
-        adding, what = self.propagated.adding(sources), f"distill {unit.name}"
+        shared, what = partial(self.propagated.adding, sources), f"distill {unit.name}"
 
         def make() -> Callable[[Path], str]:
+            adding = shared()  # what it holds goes with it
             lessons = self.propagated.lessons(sources, unit, adding)
             return distilled_unit(
                 self.plan,
@@ -82,4 +83,4 @@ class DistillPreparation(UnitPreparation):
             ).write
 
         cost = float(len(unit.tensors))
-        return Piece(what, self.file(unit), self.unit_keys[unit.name], cost, make, hands=adding.hands)
+        return Piece(what, self.file(unit), self.unit_keys[unit.name], cost, make, hands=shared().hands)

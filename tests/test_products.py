@@ -160,6 +160,14 @@ def test_a_weight_is_converted_once_until_it_changes(layer: nn.Module, monkeypat
         assert all(torch.equal(*pair) for pair in zip(changed, run(), strict=True))
 
 
+def test_weights_that_are_made_in_every_pass_are_not_held() -> None:
+    layer, narrow = nn.utils.parametrizations.weight_norm(nn.Linear(40, 8)), NarrowProducts()
+    with narrow:
+        first, second = layer(draw(6, 40)), layer(draw(6, 40))
+    assert torch.equal(first, second)
+    assert not narrow._weights
+
+
 def test_an_operand_and_its_transpose_share_what_they_are_converted_to() -> None:
     matrix, other = draw(6, 40), draw(6, 40, seed=1)
     own = Operand(matrix)

@@ -137,7 +137,7 @@ class MatrixProduct(torch.autograd.Function):
 class NarrowProducts(TorchFunctionMode):
     """Inside, linear layers multiply by `MatrixProduct` where it pays, in their backward passes too.
 
-    A weight is converted once, until it changes; what it was converted to is held as long as this is.
+    A parameter is converted once, until it changes; what it was converted to is held as long as this is.
     """
 
     def __init__(self) -> None:
@@ -164,6 +164,8 @@ class NarrowProducts(TorchFunctionMode):
         return output if bias is None else output + bias
 
     def _operand(self, weight: Tensor) -> Operand:
+        if not isinstance(weight, torch.nn.Parameter):  # made anew in every pass
+            return Operand(weight)
         known, version, operand = self._weights.get(id(weight), (None, 0, None))
         if known is not weight or version != weight._version or operand is None:
             operand = Operand(weight)

@@ -1,12 +1,13 @@
 """Compare merges of a small decoder family on real text (`decoder_family.py`, which also trains it).
 
-    python examples/benchmarks/decoders.py --tasks DIR --work DIR [--split test] [--seeds 0 1 2] [--only NAME ...]
+    python examples/benchmarks/decoders.py --tasks DIR --work DIR [--families 0 1] [--seeds 0 1 2] [--only NAME ...]
 
 `--tasks` holds `TASK.train.jsonl` and `TASK.test.jsonl` with `text` and `label`. Printed for each merge: by task and
 on average the accuracy of the label's word and the nats per token of the text, and the seconds of the merge (for FDA:
 of construction and of adaptation). There are no task heads: one merged model answers for every task. FDA merges
 blocks; embeddings, last norm and output layer come from task arithmetic. Anchors do not depend on where adaptation
-starts, so all FDA rows of one seed share theirs.
+starts, so all FDA rows of one seed share theirs. How well a method does depends on the fine-tunes, so of several
+families the means are printed, too, and by how much FDA raises each start in each of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", type=Path, required=True, help="the rows")
     parser.add_argument("--work", type=Path, default=Path("decoders"), help="family and merges (default decoders/)")
     parser.add_argument("--sources", nargs="+", choices=list(WORDS), default=list(WORDS), help="fine-tunes to merge")
-    parser.add_argument("--family-seed", type=int, default=0, help="seed of the family's training")
+    parser.add_argument("--families", type=int, nargs="+", default=[0], help="seeds of their training")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--limit", type=int, default=1000, help="rows a task at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the FDA rows")
@@ -70,10 +72,10 @@ def parse() -> argparse.Namespace:
 class Arena:
     """One family, its rows and what is printed about its merges."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        folder = options.work / f"family{options.family_seed}"
+    def __init__(self, options: argparse.Namespace, family: int) -> None:
+        folder = options.work / f"family{family}"
         self.work = folder / "merges" / "-".join(options.sources)
-        self.base, tuned = make_family(folder, options.tasks, options.family_seed, say=print)
+        self.base, tuned = make_family(folder, options.tasks, family, say=print)
         self.tuned = {task: tuned[task] for task in options.sources}
         self.tokenizer = open_tokenizer(self.base)
         self.rows: dict[str, Rows] = {}
@@ -109,8 +111,8 @@ class Arena:
         """A model's score on every task."""
         return {task: evaluate(model, self.tokenizer, rows) for task, rows in self.rows.items()}
 
-    def show(self, label: str, runs: list[dict[str, Score]], seconds: str = "") -> None:
-        """Print a row: means over runs, and the spread of the averages."""
+    def show(self, label: str, runs: list[dict[str, Score]], seconds: str = "") -> Means:
+        """Print a row: means over runs, and the spread of the averages; gives accuracy and nats."""
         accuracies = [[run[task].accuracy for task in self.rows] for run in runs]
         losses = [[run[task].loss for task in self.rows] for run in runs]
         cells = [label]
@@ -119,7 +121,18 @@ class Arena:
             spread = f" ± {statistics.stdev(averages):.3f}" if len(runs) > 1 else ""
             cells += [f"{statistics.mean(column):.3f}" for column in zip(*table, strict=True)]
             cells.append(f"{statistics.mean(averages):.3f}{spread}")
-        print("| " + " | ".join([*cells, seconds]) + " |", flush=True)
+        print_row(*cells, seconds)
+        accuracy, nats = (statistics.mean(map(statistics.mean, table)) for table in (accuracies, losses))
+        return accuracy, nats
+
+
+Means = tuple[float, float]
+"""Of a merge, over tasks and seeds: accuracy, and nats per token."""
+
+
+def print_row(*cells: str) -> None:
+    """One row of a table."""
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -128,12 +141,21 @@ def main() -> None:
 
     logging.disable_progress_bar()
     options = parse()
-    arena = Arena(options)
-    print(f"{options.split} rows: " + ", ".join(f"{task} {len(rows.texts)}" for task, rows in arena.rows.items()))
+    families = [run_family(options, family) for family in options.families]
+    if len(families) > 1:
+        print_means(families)
+
+
+def run_family(options: argparse.Namespace, family: int) -> dict[str, Means]:
+    """All merges of one family: what is printed, and the means by the rows' names."""
+    arena = Arena(options, family)
+    counts = ", ".join(f"{task} {len(rows.texts)}" for task, rows in arena.rows.items())
+    print(f"family {family}, {options.split} rows: {counts}")
     header = ["merge", *arena.rows, "accuracy", *(f"{task} nats" for task in arena.rows), "nats", "seconds"]
-    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)
-    arena.show("individual fine-tunes", [own_scores(arena)])
-    arena.show("base", [arena.scores(open_model(arena.base))])
+    print_row(*header)
+    print("|" + " --- |" * len(header))
+    found = {"individual fine-tunes": arena.show("individual fine-tunes", [own_scores(arena)])}
+    found["base"] = arena.show("base", [arena.scores(open_model(arena.base))])
     for label, arguments in table_rows(options).items():
         runs, times = [], []
         for seed in options.seeds if arguments["method"] == "fda" else [0]:
@@ -146,7 +168,27 @@ def main() -> None:
             parts.append(arena.merge(output, {**arguments, **given}))
             runs.append(arena.scores(hf_fda.load(output)))
             times.append(parts)
-        arena.show(label, runs, " + ".join(f"{statistics.mean(column):.1f}" for column in zip(*times, strict=True)))
+        seconds = " + ".join(f"{statistics.mean(column):.1f}" for column in zip(*times, strict=True))
+        found[label] = arena.show(label, runs, seconds)
+    return found
+
+
+def print_means(families: list[dict[str, Means]]) -> None:
+    """The means over families, with their spread, and how much more accurate FDA is than each start in each family."""
+    print("\nover all families:")
+    print_row("merge", "accuracy", "nats", "lift of accuracy", "by family")
+    print("|" + " --- |" * 5)
+    for label in families[0]:
+        accuracies, nats = zip(*(found[label] for found in families), strict=True)
+        start = label.removeprefix("fda from ")
+        pairs = [(found[label][0], found[start][0]) for found in families if start != label and start in found]
+        lifts = [own - before for own, before in pairs]
+        shown = [_spread(lifts), ", ".join(f"{lift:+.3f}" for lift in lifts)] if lifts else ["", ""]
+        print_row(label, _spread(accuracies), _spread(nats), *shown)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def own_scores(arena: Arena) -> dict[str, Score]:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hf_fda.mailbox import Mailbox
 from hf_fda.processes import Team
 from hf_fda.stages import assign
 
@@ -88,7 +89,7 @@ class SharedSum:
         self.hands = sharers(team.near, sum(map(bool, costs)), device)
         self.span = LEAVES // self.hands
         self.first = team.rank * self.span if self.hands > 1 else 0
-        self._rooms: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._boxes: dict[tuple[int, int], Mailbox] = {}
 
     @classmethod
     def alone(cls, items: int = 1) -> SharedSum:
@@ -120,10 +121,11 @@ class SharedSum:
             beside = first ^ size
             theirs = _any(terms, beside, size)
             if theirs or found is not None:
-                own, taken = self._room(like, size)
+                box = self._box(like, size)
+                own = box.room()
                 torch.cat([one.flatten() for one in found or [torch.zeros_like(one) for one in like]], out=own)
-                self.team.swap(own, taken, self.team.rank ^ (size // self.span))
-                summed = own if not theirs else taken if found is None else taken.add_(own)
+                taken = box.swap()
+                summed = own if not theirs else taken if found is None else box.add(taken)
                 parts = summed.split([one.numel() for one in like])
                 found = [part.view_as(one) for part, one in zip(parts, like, strict=True)]
             first, size = min(first, beside), 2 * size
@@ -144,13 +146,14 @@ class SharedSum:
             size *= 2
         return own
 
-    def _room(self, like: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
-        """Memory for the entries of some tensors, twice, for nodes of so many leaves; it is kept from sum to sum, as
-        fresh memory costs more to touch."""
+    def _box(self, like: Sequence[Tensor], size: int) -> Mailbox:
+        """What the entries of some tensors are swapped through between nodes of so many leaves; it is kept from sum to
+        sum, as fresh memory costs more to touch."""
         place = sum(one.numel() for one in like), size
-        if place not in self._rooms:
-            self._rooms[place] = like[0].new_empty(place[0]), like[0].new_empty(place[0])
-        return self._rooms[place]
+        if place not in self._boxes:
+            other = self.team.rank ^ (size // self.span)
+            self._boxes[place] = Mailbox(self.team, other, place[0], like[0].dtype)
+        return self._boxes[place]
 
     def _below(
         self, first: int, size: int, terms: Mapping[int, T], evaluate: Callable[[T], Sequence[Tensor]]

@@ -16,7 +16,7 @@ from test_resume import contents
 from torch import Tensor
 
 import hf_fda
-from hf_fda import processes
+from hf_fda import mailbox, processes
 from hf_fda.errors import PeerError, RunError
 from hf_fda.processes import Team
 from hf_fda.shared_sum import LEAVES, SharedSum, largest_share, leaves_of, sharers
@@ -73,7 +73,8 @@ def test_alone_nothing_is_added_and_everything_is_mine() -> None:
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
-def _add(results: Path, leaves: Sequence[int]) -> None:
+def _add(results: Path, leaves: Sequence[int], least: int) -> None:
+    mailbox.LEAST = least
     with processes.together("cpu") as team:
         adding = SharedSum(COSTS, team, CPU)
         asked: list[int] = []
@@ -83,18 +84,22 @@ def _add(results: Path, leaves: Sequence[int]) -> None:
             return random_terms(seed)
 
         if team.rank < adding.hands:
-            found = adding.sum({leaf: leaf + 1 for leaf in leaves}, evaluate, LIKE)
+            terms = {leaf: leaf + 1 for leaf in leaves}
+            for _ in range(2):
+                asked.clear()
+                found = [own.clone() for own in adding.sum(terms, evaluate, LIKE)]
             total = int(adding.total(torch.tensor(team.rank + 1)))
             torch.save({"found": found, "asked": asked, "total": total}, results / f"rank{team.rank}")
         team.wait()
 
 
+@pytest.mark.parametrize("least", [0, 1 << 16], ids=["shared memory", "sent"])
 @pytest.mark.parametrize("leaves", [[0, 1, 2, 3], [0, 2, 3], [3], [1, 2]])
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_any_number_of_processes_adds_alike(count: int, leaves: list[int], tmp_path: Path) -> None:
+def test_any_number_of_processes_adds_alike(count: int, leaves: list[int], least: int, tmp_path: Path) -> None:
     terms = {leaf: leaf + 1 for leaf in leaves}
     expected = SharedSum(COSTS, Team(), CPU).sum(terms, random_terms, LIKE)
-    fork(_add, tmp_path, leaves, processes=count)
+    fork(_add, tmp_path, leaves, least, processes=count)
     found = [torch.load(path) for path in sorted(tmp_path.glob("rank*"))]
     hands = 4 if count == 4 else 2
     assert len(found) == hands
@@ -123,6 +128,7 @@ def merge(family: Family, output: Path, method: str, options: dict[str, Any]) ->
 
 def _share(family: Family, output: Path, method: str, options: dict[str, Any]) -> None:
     log_writes(output)
+    mailbox.LEAST = 0
     real = StatesObjective.evaluate
     seen: list[int] = []
 

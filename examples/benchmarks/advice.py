@@ -7,7 +7,7 @@ adapter of that base (the `--work` of `examples/adapters.py`). The digits' model
 `--work` unless they are there. The rules see weights alone. With `--try` the short list is merged and scored on rows
 that are no test rows: the last `--rows` of `TASK.train.jsonl` in `--tasks` (which the adapters were not trained on, but
 the encoders were), and the demo's validation images. Printed: both choices, the figures that their rows have in the
-README's tables, which are of test rows, and the table's best row; then what was looked at.
+measured tables, which are of test rows, and the table's best row; then what was looked at.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 README, EXAMPLES = "README.md", "examples/README.md"
+RESULTS, DEFAULTS = "examples/benchmarks/results.md", "examples/benchmarks/defaults.md"
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Table:
 
 
 ENCODERS = Table(README, "Real encoders", (2, 5), 1.53, (0.02, 0.10))
-WITH_DATA = Table(README, "Real encoders, with data", (5, 5), 1.53, (0.02, 0.10))
-CHOSEN = Table(README, "How the defaults were chosen", (5, 5), 1.53, (0.02, 0.10))
-DECODERS = Table(README, "Small decoders", (4, 4), 1.14, (0.01, 0.22))
-DIGITS = Table(README, "Digits", (4, 4), 1.29, (-0.01, 0.09))
+WITH_DATA = Table(RESULTS, "Real encoders, with data", (5, 5), 1.53, (0.02, 0.10))
+CHOSEN = Table(DEFAULTS, "How the defaults were chosen", (5, 5), 1.53, (0.02, 0.10))
+DECODERS = Table(RESULTS, "Small decoders", (4, 4), 1.14, (0.01, 0.22))
+DIGITS = Table(RESULTS, "Digits", (4, 4), 1.29, (-0.01, 0.09))
 ADAPTERS = Table(EXAMPLES, "Adapters", (5, 5), 2.11, (-0.01, 0.01))
 LANGUAGE = Table(EXAMPLES, "Language models", (2, 2))
 SHARED = Table(EXAMPLES, "Sharing anchors", (5, 5))
@@ -54,7 +55,7 @@ def grouped(cells: tuple[Cell, ...]) -> str:
     """Cells in words, each table and each row named once.
 
     >>> grouped((Cell(DIGITS, "tsv", "mean", "69.7"), Cell(DIGITS, "fda from tsv", "mean", "71.8")))
-    'README.md, Digits: tsv, mean 69.7; fda from tsv, mean 71.8'
+    'examples/benchmarks/results.md, Digits: tsv, mean 69.7; fda from tsv, mean 71.8'
     """
     by_table: Mapping[str, dict[str, list[str]]] = {str(cell.table): {} for cell in cells}
     for cell in cells:

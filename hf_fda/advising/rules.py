@@ -232,7 +232,7 @@ RULES: tuple[Rule, ...] = (
             Proposal(
                 "fda",
                 "leads on test images, and on validation images (from isotropic at 3, 74.1 against 73.7 from tsv: "
-                "README.md, How the defaults were chosen)",
+                "examples/benchmarks/defaults.md)",
                 cells(DIGITS, "fda from isotropic", mean="72.2"),
             ),
             Proposal(

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from hf_fda.plans import Plan
 
 
+ROWS_AROUND = 2**28
+"""Bytes that tokenizers, machine code of products of many shapes, fragments and libraries loaded on the way take beside
+the tensors where units learn from rows: of five encoders of width 384 up to 120 MB more than the tensors alone."""
+
+
 def peak_memory_bytes(plan: Plan) -> int:
     """Peak bytes a merge holds at once, beside the libraries: the largest of its stages, and the adapters it reads."""
     inputs = plan.inputs
@@ -55,7 +60,7 @@ def _unit_stages(plan: Plan, config: UnitwiseConfig) -> list[int]:
         found.append(states.recording(plan.units) + recording_bytes(inputs, plan.units, states.positions))
         each = max(outputs(inputs.base, unit.tensors) for unit in plan.units)
         batch = int(4 * KEPT * each * (config.batch_size or 0) * states.positions)
-        batch += states.held if plan.propagates else 0
+        batch += ROWS_AROUND + (states.held if plan.propagates else 0)
     if isinstance(config, FDAConfig):
         beside = states.learning(2 if plan.propagates else 1) + batch if states.vectors else 0
         anchored = any(plan.anchored(source) for source in inputs.sources)

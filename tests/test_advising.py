@@ -347,7 +347,7 @@ def test_advice_states_the_cost_of_the_plan_and_merges_with_its_arguments(classi
     text, page = str(advice), advice._repr_html_()
     for one in advice.recommendations:
         assert one.label in text and one.label in page and one.flags in text
-    assert "README.md, Real encoders: isotropic 3.0, average 0.840" in text
+    assert "README.md, Real encoders: isotropic 3.0, average 0.841" in text
     assert set(tmp_path.iterdir()) == before
 
 

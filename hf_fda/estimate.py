@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROWS_AROUND = 2**28
 """Bytes that tokenizers, machine code of products of many shapes, fragments and libraries loaded on the way take beside
-the tensors where units learn from rows: of five encoders of width 384 up to 120 MB more than the tensors alone."""
+the tensors where units learn from rows: of five encoders of width 384 up to 140 MB more than the tensors alone."""
 
 
 def peak_memory_bytes(plan: Plan) -> int:

@@ -144,7 +144,7 @@ FDA = Proposal(
 )
 FDA_DECODER = Proposal(
     "fda",
-    "the most accurate merge of its table, over three families, with better text than the closed forms near it",
+    "the highest mean over three families, within chance of isotropic 3.0, with better text than closed forms near it",
     cells(DECODERS, "fda from isotropic 3.0", accuracy="0.585", nats_per_token="4.497"),
 )
 ISOTROPIC_DECODER = Proposal(
